@@ -1,0 +1,40 @@
+"""fastattn: exact attention and the other kernels of a transformer, in hand-written Triton, behind PyTorch's own signatures.
+
+Importing it needs torch alone: no GPU, no compiler, no Triton. CUDA tensors run the kernels, CPU tensors run torch code of the same
+contract, and TRITON_INTERPRET=1 runs the kernels on CPU tensors in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+
+def _find_checkout_packages() -> None:
+    """Let a bare checkout import like an installation.
+
+    `kernels/` and `benchmarks/` install as `fastattn.kernels` and `fastattn.benchmarks`, but lie beside this package in the
+    repository, so that from a checkout that is not installed the import system cannot find them by itself.
+    """
+    import importlib.util
+    import os
+    import sys
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for name in ("kernels", "benchmarks"):
+        folder = os.path.join(root, name)
+        init = os.path.join(folder, "__init__.py")
+        if importlib.util.find_spec(f"fastattn.{name}") is not None or not os.path.exists(init):
+            continue
+        spec = importlib.util.spec_from_file_location(f"fastattn.{name}", init, submodule_search_locations=[folder])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        globals()[name] = module
+
+
+_find_checkout_packages()
+
+from . import flash_attn, nn, reference  # noqa: E402  (the checkout's packages must be found first)
+from .ops.attention import attention  # noqa: E402
+from .ops.scaled_dot_product_attention import scaled_dot_product_attention  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["attention", "flash_attn", "nn", "reference", "scaled_dot_product_attention"]

@@ -1,0 +1,409 @@
+"""Attention as a torch operator: schema, implementations by device, autograd, and the public function."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastattn.cpu import attention as cpu
+
+from . import checks
+from .dispatch import checks_values, describe, log, runs_kernels
+
+# --------------------------------------------------------------------------------------------------------------------
+# The two operators. Empty tensors stand in for gradients that were not asked for: a schema has no optional results.
+
+_OPTIONS = (
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt? window_left, SymInt? window_right, "
+    "float softmax_scale, float softcap, float dropout_p"
+)
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? attn_bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
+_library = torch.library.Library("fastattn", "FRAGMENT")
+_library.define(f"attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
+_library.define(
+    f"attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool bias_grad) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+)
+
+
+def _implementation(q: Tensor):
+    """(forward, backward) on this tensor's device; the kernels are imported here so that `import fastattn` needs no Triton."""
+    if runs_kernels(q):
+        from fastattn.kernels.attention import attention_fwd
+        from fastattn.kernels.attention_bwd import attention_bwd
+
+        return attention_fwd, attention_bwd
+    return cpu.attention_fwd, cpu.attention_bwd
+
+
+def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
+    if cu_seqlens_q is not None and checks_values(q):
+        checks.check_cu_seqlens_values("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        checks.check_cu_seqlens_values("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+
+
+def _attention_fwd(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options):
+    log.info("attention_fwd: q %s k %s v %s %s", *map(describe, (q, k, v)), options)
+    _check_values(q, k, cu_seqlens_q, cu_seqlens_k, *options[:2])
+    forward, _ = _implementation(q)
+    return forward(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options)
+
+
+def _attention_bwd(dout, dlse, q, *args):
+    log.info("attention_bwd: q %s", describe(q))
+    _, backward = _implementation(q)
+    dq, dk, dv, dbias, dsinks = backward(dout, dlse, q, *args)
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention_fwd", _attention_fwd, _device)
+    _library.impl("attention_bwd", _attention_bwd, _device)
+
+
+@torch.library.register_fake("fastattn::attention_fwd", lib=_library)
+def _(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, *_):
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+    return out, q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("fastattn::attention_bwd", lib=_library)
+def _(dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, *rest):
+    dbias = q.new_empty(0) if not rest[-1] else attn_bias.new_empty(attn_bias.shape)
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
+
+
+def _visible_pairs(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> int:
+    """How many (query, key) pairs a window leaves, summed over rows; the exact count, not S_q·S_k/2."""
+    if left is None and right is None:
+        return seqlen_q * seqlen_k
+    rows = torch.arange(seqlen_q) + (seqlen_k - seqlen_q)
+    first = (rows - left).clamp(0, seqlen_k) if left is not None else torch.zeros_like(rows)
+    last = (rows + right + 1).clamp(0, seqlen_k) if right is not None else torch.full_like(rows, seqlen_k)
+    return int((last - first).clamp(min=0).sum())
+
+
+def _flops(q_shape, v_shape, cu_seqlens_q, max_seqlen_q, max_seqlen_k, left, right) -> tuple[int, int]:
+    """Multiply-adds ×2 of one Q·Kᵀ and of one P·V over the visible pairs.
+
+    Packed inputs count as B sequences of the longest length when their values are not to be had (the counter sees shapes).
+    """
+    batch = q_shape[0] if cu_seqlens_q is None else cu_seqlens_q[0] - 1
+    pairs = batch * q_shape[-2] * _visible_pairs(max_seqlen_q, max_seqlen_k, left, right)
+    return 2 * pairs * q_shape[-1], 2 * pairs * v_shape[-1]
+
+
+@register_flop_formula(torch.ops.fastattn.attention_fwd)
+def _attention_fwd_flops(q, k, v, bias, slopes, sinks, seed, cu_q, cu_k, max_q, max_k, left, right, *_, **__) -> int:
+    return sum(_flops(q, v, cu_q, max_q, max_k, left, right))
+
+
+@register_flop_formula(torch.ops.fastattn.attention_bwd)
+def _attention_bwd_flops(dout, dlse, q, k, v, bias, slopes, sinks, seed, cu_q, cu_k, out, lse, *options, **__) -> int:
+    qk, pv = _flops(q, v, cu_q, *options[:4])
+    return 3 * qk + 2 * pv  # S, dQ, dK over D; dP, dV over D_v
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Autograd. `register_autograd` would give zero JVPs, and a double backward through the bare operator drops terms without a word; an
+# autograd.Function without jvp whose backward is a second Function that cannot be differentiated raises in both cases.
+
+
+class _Options(NamedTuple):
+    max_seqlen_q: int
+    max_seqlen_k: int
+    window_left: int | None
+    window_right: int | None
+    softmax_scale: float
+    softcap: float
+    dropout_p: float
+
+
+class _Attention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options):
+        return torch.ops.fastattn.attention_fwd(
+            q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, options = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+        ctx.options = options
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        *tensors, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        bias_grad, sinks_grad = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+        dq, dk, dv, dbias, dsinks = _AttentionBackward.apply(dout, dlse, *tensors, out, lse, ctx.options, bias_grad)
+        return dq, dk, dv, dbias if bias_grad else None, None, dsinks if sinks_grad else None, None, None, None, None
+
+
+class _AttentionBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        *tensors, options, bias_grad = args
+        return torch.ops.fastattn.attention_bwd(*tensors, *options, bias_grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "fastattn.attention: double backward is not supported; "
+            "use fastattn.reference.attention where a gradient of a gradient is needed"
+        )
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """The seed of one dropout mask, (1,) int64 on `device`, from torch's generator: fresh at every replay of a CUDA graph."""
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+
+
+def dropout_keep(
+    seed: Tensor, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float
+) -> Tensor:
+    """The mask `attend` uses with this seed on the seed's device: bool (B, H, S_q, S_k), True = kept. For tests and debugging."""
+    if runs_kernels(seed):
+        from fastattn.reference.philox import philox_keep
+
+        return philox_keep(int(seed), batch, num_heads, seqlen_q, seqlen_k, dropout_p, device=seed.device)
+    return cpu.dropout_keep(seed, batch, num_heads, seqlen_q, seqlen_k, dropout_p)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` below its checks, for the faces with other conventions: (out, lse).
+
+    Row i sees key j iff i + S_k − S_q − window_left ≤ j ≤ i + S_k − S_q + window_right; None is unbounded, negative is allowed (torch's
+    top-left causal mask is window_right = S_q − S_k).
+    """
+    if q.stride(-1) != 1 and q.shape[-1] > 1:
+        q = q.contiguous()
+    if k.stride(-1) != 1 and k.shape[-1] > 1:
+        k = k.contiguous()
+    if v.stride(-1) != 1 and v.shape[-1] > 1:
+        v = v.contiguous()
+    packed = cu_seqlens_q is not None
+    if attn_bias is not None:  # to four dims, here rather than in the operator so that autograd sees the view
+        attn_bias = attn_bias.reshape((1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape))
+    options = _Options(
+        q.shape[0 if packed else 1] if max_seqlen_q is None else max_seqlen_q,
+        k.shape[0 if packed else 1] if max_seqlen_k is None else max_seqlen_k,
+        window_left,
+        window_right,
+        1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale),
+        float(softcap),
+        float(dropout_p),
+    )
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = draw_seed(q.device)
+    return _Attention.apply(
+        q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The public function.
+
+
+def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
+    op = "attention"
+    packed = cu_seqlens_q is not None
+    if packed != (cu_seqlens_k is not None):
+        checks.reject(op, "cu_seqlens_q and cu_seqlens_k", "be given together", "only one of them")
+    checks.check_qkv(op, q, k, v, packed)
+    heads = q.shape[-2]
+    if packed:
+        checks.check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
+        checks.check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            checks.reject(
+                op, "cu_seqlens_k", f"have cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}", tuple(cu_seqlens_k.shape)
+            )
+        batch = cu_seqlens_q.shape[0] - 1
+        bounds = (
+            q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+            k.shape[0] if max_seqlen_k is None else max_seqlen_k,
+        )
+        for arg, bound in zip(("max_seqlen_q", "max_seqlen_k"), bounds, strict=True):
+            if isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt)):
+                checks.reject(op, arg, "be an int or None", type(bound).__name__, TypeError)
+            if bound < 0:
+                checks.reject(op, arg, "not be negative", bound)
+    else:
+        for arg, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            if bound is not None:
+                checks.reject(op, arg, "be None without cu_seqlens", bound)
+        batch, bounds = q.shape[0], (q.shape[1], k.shape[1])
+    if attn_bias is not None:
+        checks.check_tensor(op, "attn_bias", attn_bias)
+        if attn_bias.dtype != torch.bool:
+            checks.check_float(op, "attn_bias", attn_bias)
+        checks.check_like(op, "attn_bias", attn_bias, q, dtype=False)
+        letters = "(B, H, max_seqlen_q, max_seqlen_k)" if packed else "(B, H, S_q, S_k)"
+        checks.check_broadcastable(op, "attn_bias", attn_bias, (batch, heads, *bounds), letters)
+    if alibi_slopes is not None:
+        checks.check_tensor(op, "alibi_slopes", alibi_slopes)
+        checks.check_float(op, "alibi_slopes", alibi_slopes)
+        checks.check_like(op, "alibi_slopes", alibi_slopes, q, dtype=False)
+        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+            checks.reject(op, "alibi_slopes", f"have shape (H,) or (B, H) = {(batch, heads)}", tuple(alibi_slopes.shape))
+        if alibi_slopes.requires_grad:
+            checks.reject(op, "alibi_slopes", "not require a gradient (none is computed)", "requires_grad=True")
+    if sinks is not None:
+        checks.check_tensor(op, "sinks", sinks)
+        checks.check_float(op, "sinks", sinks)
+        checks.check_like(op, "sinks", sinks, q, dtype=False)
+        if tuple(sinks.shape) != (heads,):
+            checks.reject(op, "sinks", f"have shape (H,) = ({heads},)", tuple(sinks.shape))
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in the dtype that the surrounding autocast region asks for (a rule registered with the op would pin one dtype)."""
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.dtype in checks.FLOAT_DTYPES else t for t in (q, k, v))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    attn_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, softmax(softmax_scale·q·kᵀ + bias)·v, without the S_q × S_k matrix in memory.
+
+    B sequences of S_q queries and S_k keys, H query heads over H_kv key heads (H a multiple of H_kv: grouped and multi-query attention
+    need no repeated k and v), head dims D and D_v from 1 to 512. Float16, bfloat16 or float32, any strides with a contiguous last dim.
+
+    Args:
+        q: (B, S_q, H, D), or packed (T_q, H, D) with cu_seqlens_q.
+        k: (B, S_k, H_kv, D), or packed (T_k, H_kv, D) with cu_seqlens_k.
+        v: (B, S_k, H_kv, D_v), or packed (T_k, H_kv, D_v).
+        causal: row i sees key j iff j ≤ i + S_k − S_q: aligned to the bottom right, as in flash-attn (torch's
+            `scaled_dot_product_attention` aligns to the top left). For S_q = 2 and S_k = 4, and for S_q = 4 and S_k = 2::
+
+                1 1 1 0        0 0
+                1 1 1 1        0 0
+                               1 0
+                               1 1
+        window: (left, right), inclusive counts around the same diagonal: i + S_k − S_q − left ≤ j ≤ i + S_k − S_q + right. None or −1 is
+            unbounded; `causal` is right = 0.
+        softmax_scale: multiplies q·kᵀ; 1/√D by default.
+        softcap: with softcap > 0 the scaled scores become softcap·tanh(score/softcap), before any bias or mask.
+        attn_bias: bool (True = attend) or float (added to the scores), broadcastable to (B, H, S_q, S_k); packed, to
+            (B, H, max_seqlen_q, max_seqlen_k), indexed by the positions inside each sequence. A float bias gets its gradient, summed
+            over the dims it was broadcast along.
+        alibi_slopes: (H,) or (B, H); adds −slope·|i + S_k − S_q − j| to the scores. No gradient.
+        sinks: (H,), one logit a head that joins the softmax's denominator and has no value (float, read as fp32); gets its gradient.
+        dropout_p: probability of dropping an attention weight, in [0, 1); kept weights are divided by 1 − dropout_p. The mask is
+            counter-based (Philox) with a seed from torch's generator: equal in forward and backward, reproducible by
+            `torch.manual_seed`. There is no training flag: pass 0.0 for evaluation.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starting at 0: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. Values are
+            checked on the CPU, and on CUDA only under FASTATTN_CHECK=1 (it synchronises); kernels stay in bounds regardless.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths; None takes the total token count. Never a host sync.
+        deterministic: True promises gradients without float atomics, equal bit for bit from run to run. False permits atomics where
+            they are faster; no kernel uses them today.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        out: q's shape with D_v as its last dim, q's dtype. A row that sees no key is 0, and so are its gradients; this includes rows past
+            cu_seqlens_q[-1].
+        lse (with return_lse): natural logarithm, float32, (B, H, S_q) or (H, T_q), differentiable; it includes the sink; −inf for a row
+            that sees no key (the sink's logit with sinks).
+
+    Numerics: products accumulate in fp32, the softmax runs in fp32 (base 2 inside); float32 inputs follow
+    `torch.get_float32_matmul_precision()`. Double backward and forward-mode AD raise.
+
+    Raises:
+        TypeError: a dtype or type that is not as above. ValueError: anything else. NotImplementedError: double backward.
+
+    Sources: Milakov and Gimelshein, arXiv 1805.02867 (online softmax); Dao et al., arXiv 2205.14135 and 2307.08691; Shah et al.,
+    arXiv 2407.08608 (softmax under the matmul).
+
+    Example:
+        >>> q, k, v = (torch.randn(2, 128, 8, 64) for _ in range(3))
+        >>> out = fastattn.attention(q, k, v, causal=True)
+    """
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        q, k, v = _autocast(q, k, v)
+    _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        checks.reject("attention", "window", "be a pair (left, right)", window)
+    window_left, window_right = (checks.window_bound("attention", "window", bound) for bound in window)
+    if causal:
+        window_right = 0
+    checks.check_probability("attention", "dropout_p", dropout_p)
+    if softcap < 0.0:
+        checks.reject("attention", "softcap", "not be negative", softcap)
+    out, lse = attend(
+        q,
+        k,
+        v,
+        attn_bias=attn_bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        window_left=window_left,
+        window_right=window_right,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,118 @@
+"""Argument checks, made once, at the op's boundary. Each message names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 512
+
+
+def shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def reject(op: str, arg: str, must: str, got: object, error: type[Exception] = ValueError) -> None:
+    raise error(f"{op}: {arg} must {must}, got {got}")
+
+
+def check_tensor(op: str, arg: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        reject(op, arg, "be a torch.Tensor", type(value).__name__, TypeError)
+    if value.is_nested:
+        reject(op, arg, "not be a nested tensor (pass packed tensors with cu_seqlens)", "a nested tensor", TypeError)
+
+
+def check_like(op: str, arg: str, value: torch.Tensor, q: torch.Tensor, *, dtype: bool = True) -> None:
+    """`value` lies on q's device and, unless dtype=False, has q's dtype."""
+    if value.device != q.device:
+        reject(op, arg, f"be on q's device {q.device}", value.device)
+    if dtype and value.dtype != q.dtype:
+        reject(op, arg, f"have q's dtype {q.dtype}", value.dtype, TypeError)
+
+
+def check_float(op: str, arg: str, value: torch.Tensor) -> None:
+    if not value.dtype.is_floating_point:
+        reject(op, arg, "have a floating-point dtype", value.dtype, TypeError)
+
+
+def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
+    """q (B, S_q, H, D), k (B, S_k, H_kv, D), v (B, S_k, H_kv, D_v); packed, the first two dims are one."""
+    for arg, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(op, arg, t)
+    if q.dtype not in FLOAT_DTYPES:
+        reject(op, "q", "be float16, bfloat16 or float32", q.dtype, TypeError)
+    rank, letters = (3, "(T, H, D)") if packed else (4, "(B, S, H, D)")
+    for arg, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != rank:
+            why = "with cu_seqlens" if packed else "without cu_seqlens"
+            reject(op, arg, f"have shape {letters} {why}", shape(t))
+        check_like(op, arg, t, q)
+    head_dim, seqs = q.shape[-1], "T_k" if packed else "B, S_k"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        reject(op, "q", f"have a head_dim between 1 and {MAX_HEAD_DIM}", head_dim)
+    if not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
+        reject(op, "v", f"have a head_dim between 1 and {MAX_HEAD_DIM}", v.shape[-1])
+    if k.shape[-1] != head_dim or (not packed and k.shape[0] != q.shape[0]):
+        batch = "" if packed else f" and B = {q.shape[0]}"
+        reject(op, "k", f"have shape ({seqs}, H_kv, D) with D = {head_dim}{batch} to match q", shape(k))
+    if v.shape[:-1] != k.shape[:-1]:
+        reject(op, "v", f"have shape ({seqs}, H_kv, D_v) with k's {shape(k)[:-1]} before D_v", shape(v))
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if (kv_heads == 0 and heads != 0) or (kv_heads != 0 and heads % kv_heads != 0):
+        reject(op, "k", f"have a head count that divides q's {heads}", kv_heads)
+
+
+def check_cu_seqlens(op: str, arg: str, cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
+    check_tensor(op, arg, cu_seqlens)
+    if cu_seqlens.dtype != torch.int32:
+        reject(op, arg, "be an int32 tensor", cu_seqlens.dtype, TypeError)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        reject(op, arg, "have shape (B + 1,)", shape(cu_seqlens))
+    check_like(op, arg, cu_seqlens, q, dtype=False)
+
+
+def check_cu_seqlens_values(op: str, arg: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> list[int]:
+    """Read the values (this synchronises on CUDA): they start at 0, never decrease, and stay within the packed tensor."""
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        reject(op, arg, "start at 0", values[0])
+    for i, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+        if end < start:
+            reject(op, arg, "not decrease", f"{start} then {end} at index {i + 1}")
+        if end - start > max_seqlen:
+            reject(op, arg, f"hold lengths of at most max_seqlen = {max_seqlen}", f"{end - start} at index {i}")
+    if values[-1] > total:
+        reject(op, arg, f"end within the {total} packed tokens", values[-1])
+    return values
+
+
+def check_broadcastable(op: str, arg: str, value: torch.Tensor, target: Sequence[int], letters: str) -> None:
+    dims = shape(value)
+    fits = len(dims) <= len(target) and all(
+        d == 1 or d == t for d, t in zip(reversed(dims), reversed(target), strict=False)
+    )
+    if not fits:
+        reject(op, arg, f"broadcast to {letters} = {tuple(target)}", dims)
+
+
+def window_bound(op: str, arg: str, bound: object) -> int | None:
+    """One side of a window: None or -1 is unbounded; an int, or flash-attn's 0-d tensor, of 0 or more counts keys."""
+    if isinstance(bound, torch.Tensor):
+        if bound.dim() != 0:
+            reject(op, arg, "hold ints, 0-d tensors or None", f"a tensor of shape {shape(bound)}", TypeError)
+        bound = bound.item()
+    if bound is None:
+        return None
+    if isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt)):
+        reject(op, arg, "hold ints, 0-d tensors or None", type(bound).__name__, TypeError)
+    if bound < -1:
+        reject(op, arg, "hold bounds of -1 (unbounded) or more", bound)
+    return None if bound == -1 else bound
+
+
+def check_probability(op: str, arg: str, p: float) -> None:
+    if not 0.0 <= p < 1.0:
+        reject(op, arg, "lie in [0, 1)", p)

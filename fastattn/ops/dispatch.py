@@ -1,0 +1,46 @@
+"""Which code runs, and what is said about it.
+
+CUDA tensors run the Triton kernels; CPU tensors run `fastattn.cpu`, or the kernels in Triton's interpreter where TRITON_INTERPRET=1
+was set before the import. Nothing else decides, and nothing falls back.
+
+Environment variables of the whole package, read once, here:
+
+    FASTATTN_LOG=1      log each op call with its shapes and options; 2 also logs each launch with its tile
+    FASTATTN_CHECK=1    check the values inside index tensors on CUDA too (this synchronises)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+CHECK_ON_CUDA = os.environ.get("FASTATTN_CHECK", "0") == "1"
+
+log = logging.getLogger("fastattn")
+
+_level = {"1": logging.INFO, "2": logging.DEBUG}.get(os.environ.get("FASTATTN_LOG", ""))
+if _level is not None:
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    log.addHandler(_handler)
+    log.setLevel(_level)
+
+
+def runs_kernels(tensor: torch.Tensor) -> bool:
+    """True where an op on this tensor launches Triton kernels (on the GPU, or in the interpreter)."""
+    return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
+
+
+def checks_values(tensor: torch.Tensor) -> bool:
+    """True where the values inside an index tensor may be read on the host without surprise."""
+    return tensor.device.type == "cpu" or CHECK_ON_CUDA
+
+
+def describe(tensor: torch.Tensor | None) -> str:
+    """A tensor in a log line: `bf16(2, 128, 8, 64)`."""
+    if tensor is None:
+        return "None"
+    return f"{str(tensor.dtype).removeprefix('torch.')}{tuple(tensor.shape)}"

@@ -1,0 +1,72 @@
+"""The one place where a kernel is launched, and what a launcher asks about the machine."""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Target(NamedTuple):
+    """A part as tile choices see it: compute capability, and shared memory per block in bytes."""
+
+    capability: tuple[int, int]
+    shared_memory: int
+
+
+def interpreted() -> bool:
+    """True where kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+
+
+def target_of(tensor: torch.Tensor) -> Target:
+    """The part this tensor's kernels run on. A CPU tensor is either interpreted, as a Hopper part, or belongs to whatever target
+    Triton's active driver names, so that the launch path can be exercised without a GPU."""
+    if tensor.is_cuda:
+        return _device_target(tensor.device.index)
+    if interpreted():
+        return Target((9, 0), 227 * 1024)
+    driver = triton.runtime.driver.active
+    arch = driver.get_current_target().arch
+    return Target((arch // 10, arch % 10), driver.utils.get_device_properties(0)["max_shared_mem"])
+
+
+def tma_compatible(tensor: torch.Tensor) -> bool:
+    """True where a 2-d TMA descriptor can be made over (rows, last dim) at any index of the other dims: 16-byte aligned base, every stride
+    but the last a positive multiple of 16 bytes (or the dim has one entry), last stride 1, no empty dim, last dim of at most 256."""
+    itemsize = tensor.element_size()
+    *outer, last = zip(tensor.shape, tensor.stride(), strict=True)
+    return (
+        tensor.data_ptr() % 16 == 0
+        and tensor.numel() > 0
+        and (last[1] == 1 or last[0] == 1)
+        and last[0] <= 256
+        and all(size == 1 or (stride > 0 and stride * itemsize % 16 == 0) for size, stride in outer)
+    )
+
+
+def _allocator(device: torch.device):
+    return lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
+
+
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:
+    """Run `kernel[grid](*args, **meta)` on `device`.
+
+    Device-side descriptors take scratch memory from Triton's allocator, a ContextVar that autograd's device threads do not inherit, so it
+    is set here, at each launch, in the thread that launches. fp fusion is named because Triton 3.10 turns its default off and the
+    kernels count on a·b + c being one instruction.
+    """
+    if 0 in grid:
+        return
+    if not interpreted():
+        meta["enable_fp_fusion"] = True
+        triton.set_allocator(_allocator(device))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **meta)
