@@ -7,6 +7,9 @@ With s the scores in natural units, p = exp(s − lse), keep the dropout mask an
     dbias = ds                         ds_raw = ds·(1 − tanh²) under a softcap
     dq = softmax_scale·ds_raw·k        dk = softmax_scale·ds_rawᵀ·q      dsink = −Σ exp(sink − lse)·delta
 
+A sink sums delta over thousands of rows, where the rounding of the stored `out` would show: with sinks the dQ pass recomputes
+rowsum(dout∘out) in fp32, as rowsum(p∘dp).
+
 dK and dV are computed with keys as rows, Sᵀ = K·Qᵀ, so that P and dS are left operands of their matmuls and stay in registers.
 """
 
@@ -53,7 +56,7 @@ def _attention_bwd_delta_kernel(
 
 
 @triton.jit
-def _row_base(ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED: tl.constexpr):
+def row_base(ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED: tl.constexpr):
     """One head's rows of lse2 or delta: (B, H, S_q), or packed (H, T_q)."""
     if PACKED:
         return ptr + tl.cast(head, tl.int64) * total_q + start_q
@@ -62,7 +65,7 @@ def _row_base(ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED: t
 
 
 @triton.jit
-def _probabilities(
+def probabilities(
     qk, lse2, i, j, seqlen_q, seqlen_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):
@@ -77,10 +80,8 @@ def _probabilities(
 
 
 @triton.jit
-def _score_gradient(p, dp, delta, capped, keep, dropout_scale, HAS_DROPOUT: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def score_gradient(p, dp, delta, capped, HAS_SOFTCAP: tl.constexpr):
     """ds and ds_raw of a tile; delta broadcasts along the keys."""
-    if HAS_DROPOUT:
-        dp = tl.where(keep, dp * dropout_scale, 0.0)
     ds = p * (dp - delta)
     ds_raw = ds
     if HAS_SOFTCAP:
@@ -107,11 +108,10 @@ def _gather_queries(
         dout = load_tile(dout_source, start_m, seqlen_q, stride_dos, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, MASKED)
         lse2 = tl.load(lse2_base + rows, mask=rows < seqlen_q, other=float("inf"))[None, :]
         qk = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
-        p, capped = _probabilities(
+        p, capped = probabilities(
             qk, lse2, i, j, seqlen_q, seqlen_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale,
             softcap, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, MASKED,
         )  # fmt: skip
-        keep = True
         if HAS_DROPOUT:
             keep = tl.trans(dropout_keep(seed, stream, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N))
         if WANT_DV:
@@ -122,7 +122,9 @@ def _gather_queries(
         if WANT_DK:
             delta = tl.load(delta_base + rows, mask=rows < seqlen_q, other=0.0)[None, :]
             dp = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
-            _, ds_raw = _score_gradient(p, dp, delta, capped, keep, dropout_scale, HAS_DROPOUT, HAS_SOFTCAP)
+            if HAS_DROPOUT:
+                dp = tl.where(keep, dp * dropout_scale, 0.0)
+            _, ds_raw = score_gradient(p, dp, delta, capped, HAS_SOFTCAP)
             dk = dot(cast(ds_raw, q.dtype), q, dk, PRECISION)
     return dk, dv
 
@@ -175,8 +177,8 @@ def _attention_bwd_dkdv_kernel(
         dout_row = batch.to(tl.int64) * stride_dob + start_q.to(tl.int64) * stride_dos + tl.cast(head, tl.int64) * stride_doh
         q_source = tile_source(q_ptr + q_row, len_q, stride_qs, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA)
         dout_source = tile_source(dout_ptr + dout_row, len_q, stride_dos, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA)
-        lse2_base = _row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
-        delta_base = _row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
+        lse2_base = row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
+        delta_base = row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
         bias_base = bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h)
         slope = slope_of(slopes_ptr, batch, head, stride_slopes_b)
         for stage in tl.static_range(3):  # blocks cut by the causal edge, uncut blocks, blocks cut by the window or the end
@@ -203,13 +205,13 @@ def _attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _gather_keys(
-    dq, q, dout, lse2, delta, k_source, v_source, first, stop, start_m, seqlen_q, seqlen_k, window_left, window_right, stride_ks, stride_vs,
+    dq, p_dp, q, dout, lse2, delta, k_source, v_source, first, stop, start_m, seqlen_q, seqlen_k, window_left, window_right, stride_ks, stride_vs,
     bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream, dropout_threshold, dropout_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, WANT_P_DP: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Add what the key blocks [first, stop) give to a tile of dQ."""
+    """Add what the key blocks [first, stop) give to a tile of dQ, and to rowsum(p∘dp) where it is wanted."""
     i = start_m + tl.arange(0, BLOCK_M)[:, None]
     for block in tl.range(first, stop):
         start_n = block * BLOCK_N
@@ -218,21 +220,23 @@ def _gather_keys(
         v = load_tile(v_source, start_n, seqlen_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, MASKED)
         qk = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        p, capped = _probabilities(
+        p, capped = probabilities(
             qk, lse2, i, j, seqlen_q, seqlen_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale,
             softcap, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, MASKED,
         )  # fmt: skip
-        keep = True
         if HAS_DROPOUT:
             keep = dropout_keep(seed, stream, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
-        _, ds_raw = _score_gradient(p, dp, delta, capped, keep, dropout_scale, HAS_DROPOUT, HAS_SOFTCAP)
+            dp = tl.where(keep, dp * dropout_scale, 0.0)
+        if WANT_P_DP:
+            p_dp += tl.sum(p * dp, 1)
+        _, ds_raw = score_gradient(p, dp, delta, capped, HAS_SOFTCAP)
         dq = dot(cast(ds_raw, k.dtype), k, dq, PRECISION)
-    return dq
+    return dq, p_dp
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, seed_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, seed_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, p_dp_ptr,
     seqlen_q, seqlen_k, total_q, total_k, num_heads, num_blocks, window_left, window_right,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_dob, stride_dos, stride_doh, stride_dod, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_slopes_b,
@@ -265,8 +269,8 @@ def _attention_bwd_dq_kernel(
     q = load_tile(q_source, start_m, len_q, stride_qs, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, True)
     dout = load_tile(dout_source, start_m, len_q, stride_dos, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, True)
     rows = start_m + tl.arange(0, BLOCK_M)
-    lse2_base = _row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
-    delta_base = _row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
+    lse2_base = row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
+    delta_base = row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
     lse2 = tl.load(lse2_base + rows, mask=rows < len_q, other=float("inf"))[:, None]
     delta = tl.load(delta_base + rows, mask=rows < len_q, other=0.0)[:, None]
     bias_base = bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h)
@@ -276,6 +280,7 @@ def _attention_bwd_dq_kernel(
         start_m, len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    p_dp = tl.zeros((BLOCK_M,), tl.float32)
     for stage in tl.static_range(3):  # blocks cut by the left edge, uncut blocks, blocks cut by the right edge
         if stage == 0:
             first, stop = begin, full_begin
@@ -284,12 +289,15 @@ def _attention_bwd_dq_kernel(
         else:
             first, stop = full_end, end
         if HAS_LEFT if stage == 0 else True:
-            dq = _gather_keys(
-                dq, q, dout, lse2, delta, k_source, v_source, first, stop, start_m, len_q, len_k, window_left, window_right, stride_ks,
+            dq, p_dp = _gather_keys(
+                dq, p_dp, q, dout, lse2, delta, k_source, v_source, first, stop, start_m, len_q, len_k, window_left, window_right, stride_ks,
                 stride_vs, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, batch * num_heads + head,
                 dropout_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT,
-                PRECISION, USE_TMA, stage != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                p_dp_ptr is not None, PRECISION, USE_TMA, stage != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
+    if p_dp_ptr is not None:
+        p_dp_base = row_base(p_dp_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
+        tl.store(p_dp_base + rows, p_dp, mask=rows < len_q)
     dq_row = ((start_q.to(tl.int64) if PACKED else batch.to(tl.int64) * seqlen_q) * num_heads + head) * HEAD_DIM
     store_tile(dq_ptr + dq_row, dq * softmax_scale, start_m, len_q, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
 
@@ -351,20 +359,20 @@ def _attention_bwd_dbias_kernel(
             v = load_tile(v_source, start_n, len_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
             dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             rows = start_m + tl.arange(0, BLOCK_M)
-            lse2_base = _row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
-            delta_base = _row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
+            lse2_base = row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
+            delta_base = row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
             lse2 = tl.load(lse2_base + rows, mask=rows < len_q, other=float("inf"))[:, None]
             delta = tl.load(delta_base + rows, mask=rows < len_q, other=0.0)[:, None]
             j = start_n + tl.arange(0, BLOCK_N)[None, :]
-            p, capped = _probabilities(
+            p, capped = probabilities(
                 qk, lse2, rows[:, None], j, len_q, len_k, window_left, window_right,
                 bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h), stride_bias_m, stride_bias_n,
                 slope_of(slopes_ptr, batch, head, stride_slopes_b), qk_scale, softcap, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, True,
             )  # fmt: skip
-            keep = True
             if HAS_DROPOUT:
                 keep = dropout_keep(seed, batch * num_heads + head, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
-            ds, _ = _score_gradient(p, dp, delta, capped, keep, dropout_scale, HAS_DROPOUT, HAS_SOFTCAP)
+                dp = tl.where(keep, dp * dropout_scale, 0.0)
+            ds, _ = score_gradient(p, dp, delta, capped, HAS_SOFTCAP)
             dbias += ds
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if ONE_ROW:
@@ -422,11 +430,12 @@ def attention_bwd(
         )  # fmt: skip
 
     dq = problem.new(*q.shape, like=q)
+    p_dp = problem.new(*lse.shape, like=lse) if sinks is not None else None
     config = config_of("attention_bwd_dq")
     num_blocks = triton.cdiv(max_seqlen_q, config.BLOCK_M)
     launch(
         _attention_bwd_dq_kernel, check_grid(num_blocks * problem.batch * num_heads), q.device,
-        **tensors, dq_ptr=dq, num_blocks=num_blocks, softmax_scale=softmax_scale, **shared, **tiling(config, q, k, v, dout),
+        **tensors, dq_ptr=dq, p_dp_ptr=p_dp, num_blocks=num_blocks, softmax_scale=softmax_scale, **shared, **tiling(config, q, k, v, dout),
     )  # fmt: skip
 
     dbias = None
@@ -443,9 +452,10 @@ def attention_bwd(
 
     dsinks = None
     if sinks is not None:
-        # dsink = −Σ exp(sink − lse)·delta over the head's rows; a row whose lse is −inf (its sink too) has no weight
-        per_head = (1, num_heads, 1) if lse.dim() == 3 else (num_heads, 1)
-        weight = torch.exp(sinks.float().view(per_head) - lse).where(lse != float("-inf"), 0.0)
-        rows_of_head = (weight * delta).neg().transpose(0, -2).reshape(num_heads, -1)
-        dsinks = rows_of_head.sum(1).to(sinks.dtype)
+        # A row whose lse is −inf (its sink too) has no weight.
+        per_head = sinks.float().unsqueeze(-1)  # (H, 1) against (B, H, S_q) or (H, T_q)
+        weight = torch.exp(per_head - lse).where(lse != float("-inf"), 0.0)
+        gradient = weight * (p_dp if dlse is None else p_dp - dlse)
+        dsinks = -gradient.sum(-1)
+        dsinks = (dsinks.sum(0) if dsinks.dim() == 2 else dsinks).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.cpu import attention as cpu
@@ -45,19 +48,21 @@ def _implementation(q: Tensor):
 
 def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
     if cu_seqlens_q is not None and checks_values(q):
-        checks.check_cu_seqlens_values("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        checks.check_cu_seqlens_values("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+        checks.check_cu_seqlens_values("attention", "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        checks.check_cu_seqlens_values("attention", "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
 
 
 def _attention_fwd(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options):
-    log.info("attention_fwd: q %s k %s v %s %s", *map(describe, (q, k, v)), options)
+    if log.isEnabledFor(logging.INFO):
+        log.info("attention_fwd: q %s k %s v %s %s", *map(describe, (q, k, v)), _Options(*options))
     _check_values(q, k, cu_seqlens_q, cu_seqlens_k, *options[:2])
     forward, _ = _implementation(q)
     return forward(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options)
 
 
 def _attention_bwd(dout, dlse, q, *args):
-    log.info("attention_bwd: q %s", describe(q))
+    if log.isEnabledFor(logging.INFO):
+        log.info("attention_bwd: q %s", describe(q))
     _, backward = _implementation(q)
     dq, dk, dv, dbias, dsinks = backward(dout, dlse, q, *args)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
@@ -84,32 +89,41 @@ def _(dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, *rest):
 
 def _visible_pairs(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> int:
     """How many (query, key) pairs a window leaves, summed over rows; the exact count, not S_q·S_k/2."""
-    if left is None and right is None:
-        return seqlen_q * seqlen_k
-    rows = torch.arange(seqlen_q) + (seqlen_k - seqlen_q)
-    first = (rows - left).clamp(0, seqlen_k) if left is not None else torch.zeros_like(rows)
-    last = (rows + right + 1).clamp(0, seqlen_k) if right is not None else torch.full_like(rows, seqlen_k)
-    return int((last - first).clamp(min=0).sum())
+    shift = seqlen_k - seqlen_q
+
+    def keys_before(first: int) -> int:  # Σ over rows i of min(max(first + i, 0), S_k)
+        def upto(n: int) -> int:  # Σ over x = 0..n of min(x, S_k)
+            return 0 if n < 0 else min(n, seqlen_k) * (min(n, seqlen_k) + 1) // 2 + max(n - seqlen_k, 0) * seqlen_k
+
+        return upto(first + seqlen_q - 1) - upto(first - 1)
+
+    last = seqlen_q * seqlen_k if right is None else keys_before(shift + right + 1)
+    return max(last - (0 if left is None else keys_before(shift - left)), 0)
 
 
-def _flops(q_shape, v_shape, cu_seqlens_q, max_seqlen_q, max_seqlen_k, left, right) -> tuple[int, int]:
+def _flops(q, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right) -> tuple[int, int]:
     """Multiply-adds ×2 of one Q·Kᵀ and of one P·V over the visible pairs.
 
-    Packed inputs count as B sequences of the longest length when their values are not to be had (the counter sees shapes).
+    Packed inputs whose lengths cannot be read (fake and meta tensors) count as B sequences of the longest length.
     """
-    batch = q_shape[0] if cu_seqlens_q is None else cu_seqlens_q[0] - 1
-    pairs = batch * q_shape[-2] * _visible_pairs(max_seqlen_q, max_seqlen_k, left, right)
-    return 2 * pairs * q_shape[-1], 2 * pairs * v_shape[-1]
+    if cu_seqlens_q is None:
+        lengths = [(q.shape[1], v.shape[1])] * q.shape[0]
+    elif cu_seqlens_q.is_meta or isinstance(cu_seqlens_q, FakeTensor):
+        lengths = [(max_seqlen_q, max_seqlen_k)] * (cu_seqlens_q.shape[0] - 1)
+    else:
+        lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
+    pairs = q.shape[-2] * sum(_visible_pairs(*both, left, right) for both in lengths)
+    return 2 * pairs * q.shape[-1], 2 * pairs * v.shape[-1]
 
 
-@register_flop_formula(torch.ops.fastattn.attention_fwd)
-def _attention_fwd_flops(q, k, v, bias, slopes, sinks, seed, cu_q, cu_k, max_q, max_k, left, right, *_, **__) -> int:
-    return sum(_flops(q, v, cu_q, max_q, max_k, left, right))
+@register_flop_formula(torch.ops.fastattn.attention_fwd, get_raw=True)
+def _attention_fwd_flops(q, k, v, bias, slopes, sinks, seed, cu_q, cu_k, *options, **_) -> int:
+    return sum(_flops(q, v, cu_q, cu_k, *options[:4]))
 
 
-@register_flop_formula(torch.ops.fastattn.attention_bwd)
-def _attention_bwd_flops(dout, dlse, q, k, v, bias, slopes, sinks, seed, cu_q, cu_k, out, lse, *options, **__) -> int:
-    qk, pv = _flops(q, v, cu_q, *options[:4])
+@register_flop_formula(torch.ops.fastattn.attention_bwd, get_raw=True)
+def _attention_bwd_flops(dout, dlse, q, k, v, bias, slopes, sinks, seed, cu_q, cu_k, out, lse, *options, **_) -> int:
+    qk, pv = _flops(q, v, cu_q, cu_k, *options[:4])
     return 3 * qk + 2 * pv  # S, dQ, dK over D; dP, dV over D_v
 
 
@@ -158,9 +172,12 @@ class _AttentionBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args):
-        *tensors, options, bias_grad = args
-        return torch.ops.fastattn.attention_bwd(*tensors, *options, bias_grad)
+    def forward(
+        dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, out, lse,
+        options, bias_grad,
+    ):  # fmt: skip  (no *args: Dynamo counts the parameters to tell whether there is a ctx among them)
+        inputs = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
+        return torch.ops.fastattn.attention_bwd(dout, dlse, *inputs, out, lse, *options, bias_grad)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -214,6 +231,10 @@ def attend(
     Row i sees key j iff i + S_k − S_q − window_left ≤ j ≤ i + S_k − S_q + window_right; None is unbounded, negative is allowed (torch's
     top-left causal mask is window_right = S_q − S_k).
     """
+    inputs = (q, k, v, attn_bias, alibi_slopes, sinks)
+    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        # _Attention, having no jvp, would raise as well, but without a word about attention.
+        raise NotImplementedError("fastattn.attention: forward-mode AD is not supported; use fastattn.reference.attention")
     if q.stride(-1) != 1 and q.shape[-1] > 1:
         q = q.contiguous()
     if k.stride(-1) != 1 and k.shape[-1] > 1:
@@ -247,7 +268,8 @@ def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, 
     op = "attention"
     packed = cu_seqlens_q is not None
     if packed != (cu_seqlens_k is not None):
-        checks.reject(op, "cu_seqlens_q and cu_seqlens_k", "be given together", "only one of them")
+        given = "cu_seqlens_q" if packed else "cu_seqlens_k"
+        checks.reject(op, "cu_seqlens_q and cu_seqlens_k", "be given together", f"only {given}")
     checks.check_qkv(op, q, k, v, packed)
     heads = q.shape[-2]
     if packed:
@@ -274,8 +296,7 @@ def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, 
         batch, bounds = q.shape[0], (q.shape[1], k.shape[1])
     if attn_bias is not None:
         checks.check_tensor(op, "attn_bias", attn_bias)
-        if attn_bias.dtype != torch.bool:
-            checks.check_float(op, "attn_bias", attn_bias)
+        checks.check_float(op, "attn_bias", attn_bias, or_bool=True)
         checks.check_like(op, "attn_bias", attn_bias, q, dtype=False)
         letters = "(B, H, max_seqlen_q, max_seqlen_k)" if packed else "(B, H, S_q, S_k)"
         checks.check_broadcastable(op, "attn_bias", attn_bias, (batch, heads, *bounds), letters)
@@ -285,7 +306,7 @@ def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, 
         checks.check_like(op, "alibi_slopes", alibi_slopes, q, dtype=False)
         if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
             checks.reject(op, "alibi_slopes", f"have shape (H,) or (B, H) = {(batch, heads)}", tuple(alibi_slopes.shape))
-        if alibi_slopes.requires_grad:
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
             checks.reject(op, "alibi_slopes", "not require a gradient (none is computed)", "requires_grad=True")
     if sinks is not None:
         checks.check_tensor(op, "sinks", sinks)
@@ -298,7 +319,7 @@ def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the dtype that the surrounding autocast region asks for (a rule registered with the op would pin one dtype)."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype in checks.FLOAT_DTYPES else t for t in (q, k, v))
@@ -387,8 +408,11 @@ def attention(
     if causal:
         window_right = 0
     checks.check_probability("attention", "dropout_p", dropout_p)
-    if softcap < 0.0:
-        checks.reject("attention", "softcap", "not be negative", softcap)
+    checks.check_number("attention", "softcap", softcap)
+    if not 0.0 <= softcap < math.inf:
+        checks.reject("attention", "softcap", "be finite and not negative", softcap)
+    if softmax_scale is not None:
+        checks.check_number("attention", "softmax_scale", softmax_scale)
     out, lse = attend(
         q,
         k,

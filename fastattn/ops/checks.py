@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -33,9 +34,9 @@ def check_like(op: str, arg: str, value: torch.Tensor, q: torch.Tensor, *, dtype
         reject(op, arg, f"have q's dtype {q.dtype}", value.dtype, TypeError)
 
 
-def check_float(op: str, arg: str, value: torch.Tensor) -> None:
-    if not value.dtype.is_floating_point:
-        reject(op, arg, "have a floating-point dtype", value.dtype, TypeError)
+def check_float(op: str, arg: str, value: torch.Tensor, *, or_bool: bool = False) -> None:
+    if not (value.dtype.is_floating_point or (or_bool and value.dtype == torch.bool)):
+        reject(op, arg, f"have a {'bool or ' if or_bool else ''}floating-point dtype", value.dtype, TypeError)
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
@@ -74,18 +75,20 @@ def check_cu_seqlens(op: str, arg: str, cu_seqlens: torch.Tensor, q: torch.Tenso
     check_like(op, arg, cu_seqlens, q, dtype=False)
 
 
-def check_cu_seqlens_values(op: str, arg: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> list[int]:
-    """Read the values (this synchronises on CUDA): they start at 0, never decrease, and stay within the packed tensor."""
-    values = cu_seqlens.tolist()
+def check_cu_seqlens_values(op: str, side: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> list[int]:
+    """Read cu_seqlens_{side} (this synchronises on CUDA): it starts at 0, never decreases, and stays within the packed tensor."""
+    arg, values = f"cu_seqlens_{side}", cu_seqlens.tolist()
     if values[0] != 0:
         reject(op, arg, "start at 0", values[0])
-    for i, (start, end) in enumerate(zip(values, values[1:], strict=False)):
-        if end < start:
-            reject(op, arg, "not decrease", f"{start} then {end} at index {i + 1}")
-        if end - start > max_seqlen:
-            reject(op, arg, f"hold lengths of at most max_seqlen = {max_seqlen}", f"{end - start} at index {i}")
+    lengths = [end - start for start, end in zip(values, values[1:], strict=False)]
+    for i, length in enumerate(lengths):
+        if length < 0:
+            reject(op, arg, "not decrease", f"{values[i]} then {values[i + 1]} at index {i + 1}")
     if values[-1] > total:
-        reject(op, arg, f"end within the {total} packed tokens", values[-1])
+        reject(op, arg, f"end within {side}'s {total} packed tokens", values[-1])
+    for i, length in enumerate(lengths):
+        if length > max_seqlen:
+            reject(op, arg, f"hold lengths of at most max_seqlen_{side} = {max_seqlen}", f"{length} at index {i}")
     return values
 
 
@@ -113,6 +116,13 @@ def window_bound(op: str, arg: str, bound: object) -> int | None:
     return None if bound == -1 else bound
 
 
+def check_number(op: str, arg: str, value: object) -> None:
+    """A Python number (or a compiler's symbolic one). Not a tensor: reading it would synchronise and drop its gradient."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        reject(op, arg, "be a Python number", type(value).__name__, TypeError)
+
+
 def check_probability(op: str, arg: str, p: float) -> None:
+    check_number(op, arg, p)
     if not 0.0 <= p < 1.0:
         reject(op, arg, "lie in [0, 1)", p)

@@ -249,8 +249,9 @@ def _window_right(causal_bias, seqlen_q: int, seqlen_k: int) -> int:
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What torch's autocast rule for this op does: every tensor to the region's dtype, float64 excepted."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in checks.FLOAT_DTYPES else t for t in tensors)

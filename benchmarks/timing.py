@@ -1,0 +1,142 @@
+"""How a time is taken: warmed up, cold cache, interleaved between implementations, median."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 100
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to time: `run(prepare())`, of which only `run` is timed."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Median milliseconds over `rounds` calls, and the distance between their quartiles."""
+
+    ms: float
+    spread_ms: float
+    rounds: int
+
+
+class Clock:
+    """Times calls on one device.
+
+    On CUDA: a pair of events around each call, behind a write to a buffer larger than the L2 cache. That write leaves the cache cold, and
+    it lasts long enough for the host to queue the call behind it, so that the events measure the device and not Python.
+    On the CPU: `perf_counter`, caches as the previous implementation left them.
+    """
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        """seconds: how long to spend on one implementation, within MIN_ROUNDS and MAX_ROUNDS calls."""
+        self.device, self.seconds = device, seconds
+        self._flush = None
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            self._flush = torch.empty(min(1 << 30, total // 16), dtype=torch.int8, device=device)
+
+    def once(self, work: Work) -> Callable[[], float]:
+        """Call once; the milliseconds are read later, so that the host can run ahead of the device."""
+        argument = work.prepare()
+        if self._flush is None:
+            start = time.perf_counter()
+            work.run(argument)
+            milliseconds = (time.perf_counter() - start) * 1e3
+            return lambda: milliseconds
+        self._flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work.run(argument)
+        end.record()
+        return lambda: start.elapsed_time(end)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def measure(self, works: dict[str, Work]) -> tuple[dict[str, Measurement], dict[str, str]]:
+        """Time all of `works` in turn, round after round, so that a change of clocks falls on each of them alike.
+
+        Returns the measurements, and for each one that raised instead, what it said.
+        """
+        rounds, failures = {}, {}
+        warmup_calls = 1 if self._flush is None else 2  # on a GPU the first call may compile; the last one is the estimate
+        for name, work in works.items():
+            try:
+                for _ in range(warmup_calls):
+                    estimate = self.once(work)
+                self.synchronize()
+                rounds[name] = min(MAX_ROUNDS, max(MIN_ROUNDS, int(self.seconds * 1e3 / max(estimate(), 1e-3))))
+            except Exception as error:  # a peer that cannot do this shape, or runs out of memory, loses its column only
+                failures[name] = describe_error(error)
+                free_memory(self.device)
+        times: dict[str, list[float]] = {name: [] for name in rounds}
+        for number in range(max(rounds.values(), default=0)):
+            pending = {name: self.once(works[name]) for name, count in rounds.items() if number < count}
+            self.synchronize()
+            for name, milliseconds in pending.items():
+                times[name].append(milliseconds())
+        return {name: _summary(values) for name, values in times.items()}, failures
+
+
+def _summary(values: list[float]) -> Measurement:
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return Measurement(median, upper - lower, len(values))
+
+
+def describe_error(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}".rstrip(": ")
+
+
+def free_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_ceilings(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """What this machine reaches in this run: TFLOP/s of a large matmul of random data, GB/s (read plus written) of a large copy."""
+    on_gpu = clock.device.type == "cuda"
+    n = 8192 if on_gpu else 2048
+    a, b = (torch.randn(n, n, device=clock.device).to(dtype) for _ in range(2))
+    source = torch.randn((1 << 28) if on_gpu else (1 << 25), device=clock.device)
+    target = torch.empty_like(source)
+    times, failures = clock.measure(
+        {"matmul": Work(lambda _: a @ b), "copy": Work(lambda _: target.copy_(source))}
+    )
+    if failures:
+        raise RuntimeError(f"the ceilings could not be measured: {failures}")
+    return {
+        "matmul_tflops": 2 * n**3 / times["matmul"].ms / 1e9,
+        "matmul_size": n,
+        "copy_gbps": 2 * source.nbytes / times["copy"].ms / 1e6,
+        "copy_bytes": source.nbytes,
+    }
+
+
+def host_microseconds(call: Callable[[], Any], device: torch.device, calls: int = 200, batches: int = 7) -> float:
+    """Microseconds a call keeps the host busy: the median over batches of calls issued without a synchronisation between them."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(10):
+        call()
+    wait()
+    times = []
+    for _ in range(batches):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+        wait()
+    return statistics.median(times)

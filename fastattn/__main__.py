@@ -1,0 +1,8 @@
+"""`python -m fastattn` is the `fastattn` command."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The `fastattn` command: bench, info, verify, warmup, cards. argparse and plain prints: it runs where torch alone is installed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 when all went well, 1 when a check was red; argparse exits 2 on bad arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["cards"]:  # its arguments are its own
+        return _cards(arguments[1:])
+    options = _parser().parse_args(arguments)
+    return options.command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, command, description: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=description, description=description)
+        sub.set_defaults(command=command)
+        return sub
+
+    from fastattn.benchmarks import bench_attention
+
+    bench = add("bench", bench_attention.run, "verify, then time against naive attention and the peers at hand")
+    bench_attention.add_arguments(bench)
+    add("info", _info, "versions, devices, and which code runs on them")
+    verify = add("verify", _verify, "check attention's options, outputs and gradients, against the float64 reference")
+    verify.add_argument("--device", default=None, help="cuda where there is one, else cpu; or name it")
+    verify.add_argument("--dtype", choices=bench_attention.DTYPES, nargs="+", default=None, help="default: all on cuda, fp32 on cpu")
+    verify.add_argument("--only", metavar="REGEX", default="", help="cases to run, by name")
+    warmup = add("warmup", _warmup, "compile attention's usual variants ahead of their first use")
+    warmup.add_argument("--device", default=None, help="cuda where there is one, else cpu; or name it")
+    add("cards", None, "compile the tile table for every part and print what the compiler made of it (--check: compare)")
+    return parser
+
+
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _cards(arguments: list[str]) -> int:
+    from fastattn.testing import cards
+
+    return cards.main(arguments) or 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    import fastattn
+    from fastattn.benchmarks import peers
+    from fastattn.benchmarks.provenance import PACKAGES, commit, device_details, version
+    from fastattn.ops.dispatch import INTERPRET
+
+    lines = [
+        ("fastattn", f"{fastattn.__version__}, commit {commit() or 'unknown'}"),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__}, built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'}"),
+        *((name, version(name) or "absent") for name in PACKAGES),
+        ("extension", "built" if importlib.util.find_spec("fastattn._C") else "not built (Triton and torch code only)"),
+    ]
+    details = device_details(torch.device("cpu"))
+    path = "the Triton kernels, in the interpreter (TRITON_INTERPRET is set)" if INTERPRET else "torch code, linear memory"
+    lines.append(("cpu", f"{details['name']}, {details['cores']} cores, {torch.get_num_threads()} threads: {path}"))
+    lines += [(f"cuda:{i}", _describe_gpu(torch.device("cuda", i))) for i in range(torch.cuda.device_count())]
+    if not torch.cuda.is_available():
+        lines.append(("cuda", "no device"))
+    present, absent = peers.available(_device(None))
+    lines.append(("bench peers", ", ".join(name for name in present if name != "fastattn")))
+    lines += [(f"  no {name}", reason) for name, reason in absent.items()]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def _describe_gpu(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    text = f"{properties.name}, capability {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+    if importlib.util.find_spec("triton") is None:
+        return f"{text}: cannot run fastattn, triton is not installed"
+    from fastattn.kernels.tiles import part_of
+
+    try:
+        part = part_of((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+    except RuntimeError as error:
+        return f"{text}: {error}"
+    return f"{text}: the Triton kernels, {part} tiles"
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import re
+
+    from fastattn.benchmarks import bench_attention, report
+    from fastattn.benchmarks.timing import describe_error
+    from fastattn.benchmarks.verification import CASES, verify_case
+
+    device = _device(options.device)
+    dtypes = options.dtype or (list(bench_attention.DTYPES) if device.type == "cuda" else ["fp32"])
+    cases = [case for case in CASES if re.search(options.only, case.name)]
+    if not cases:
+        raise SystemExit(f"fastattn verify: --only must match a case: {', '.join(case.name for case in CASES)}")
+    rows, red = [], 0
+    with report.progress("verify", len(cases) * len(dtypes)) as step:
+        for dtype, case in itertools.product(dtypes, cases):
+            step(f"{dtype} {case.name}")
+            try:
+                checks = verify_case(case, bench_attention.DTYPES[dtype], device)
+            except Exception as error:  # a case that raises is a red row; the others still run
+                red += 1
+                rows.append([f"!{case.name}", dtype, "!RAISED", describe_error(error), "", ""])
+                continue
+            worst = max(checks, key=lambda name: checks[name].error / checks[name].budget)
+            failed = [name for name, check in checks.items() if not check.passed]
+            red += bool(failed)
+            verdict = f"!WRONG: {', '.join(failed)}" if failed else "ok"
+            numbers = (f"{checks[worst].error:.1e}", f"{checks[worst].budget:.1e}")
+            rows.append([case.name, dtype, verdict, f"{worst} (of {', '.join(checks)})", *numbers])
+    header = ("case", "dtype", "verdict", "worst tensor", "error", "budget")
+    report.print_table(f"attention against the float64 reference on {device}", header, rows, left=4)
+    print(f"{len(rows) - red} of {len(rows)} cases within the error budget")
+    return 1 if red else 0
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    if device.type == "cpu":
+        print("nothing to do: the CPU path compiles nothing")
+        return 0
+    import fastattn
+
+    for dtype, head_dim, causal in itertools.product((torch.bfloat16, torch.float16), (64, 128), (True, False)):
+        start = time.perf_counter()
+        for num_kv_heads, packed in ((8, False), (2, False), (2, True)):
+            shape = (256,) if packed else (1, 256)
+            q, k, v = (
+                torch.randn(*shape, heads, head_dim, device=device, dtype=dtype).requires_grad_()
+                for heads in (8, num_kv_heads, num_kv_heads)
+            )
+            lengths = {"max_seqlen_q": 256, "max_seqlen_k": 256} if packed else {}
+            for name in ("cu_seqlens_q", "cu_seqlens_k") if packed else ():
+                lengths[name] = torch.tensor([0, 100, 256], dtype=torch.int32, device=device)
+            fastattn.attention(q, k, v, causal=causal, **lengths).sum().backward()
+        torch.cuda.synchronize(device)
+        mask = "causal" if causal else "full"
+        print(f"{str(dtype).removeprefix('torch.')} D{head_dim} {mask}: {time.perf_counter() - start:.1f} s", flush=True)
+    return 0

@@ -1,0 +1,509 @@
+"""Attention on the CPU, forward and backward, in memory linear in the sequence lengths.
+
+Two ways, told apart by `_fused_fits`. Where only additive terms come between q k^T and the softmax, torch's fused CPU
+op does the work: in one call, or in one a chunk of rows where a mask has to be made for it. Otherwise each chunk is
+three plain steps, scores, softmax and the product with v, which the backward repeats before its own. Either way no more
+than about `_CHUNK_ELEMENTS` scores or mask entries exist at a time, and only for keys that some row of the chunk can see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastattn.reference.philox import philox_4x32
+
+_fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# 4 MB in float32. Larger chunks were no faster: the allocator hands big buffers back to the system each time, and the
+# page faults then cost more than the arithmetic.
+_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ROWS = 256  # aimed at: fewer waste the matmuls' blocking, more waste work on scores that a window masks
+_FUSED_MIN_ROWS = 32  # the fused op's own smallest block of rows
+
+
+class _Mask(NamedTuple):
+    """Which scores of a dense batch count, and what is added to them.
+
+    bias (B|1, H|1, S_q|1, S_k|1), float or bool, or None; slopes (B|1, H) or None; left and right: None where the
+    window's side excludes nothing.
+    """
+
+    bias: torch.Tensor | None
+    slopes: torch.Tensor | None
+    left: int | None
+    right: int | None
+
+
+class _Dropout(NamedTuple):
+    """p, and what names the mask: the seed, and the dense batch's place in the call."""
+
+    p: float
+    seed: int
+    batch_start: int
+
+
+def attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    dropout_seed: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    window_left: int | None,
+    window_right: int | None,
+    softmax_scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention's output and its log-sum-exp; nothing is validated here.
+
+    q (B, S_q, H, D), k (B, S_k, H_kv, D), v (B, S_k, H_kv, D_v) of one float dtype and any strides, or packed (T, H, D)
+    with cu_seqlens. window_left and window_right are None (unbounded) or any integer, bottom-right aligned.
+    Returns out, contiguous, (B, S_q, H, D_v) or (T, H, D_v), in q's dtype; lse, contiguous, natural log, (B, H, S_q) or
+    (H, T), float32 (float64 for float64 inputs). Accumulates in float32.
+    """
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    lse_shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
+    lse = torch.full(lse_shape, -math.inf, dtype=_accumulation_dtype(q.dtype), device=q.device)
+    for (q_, out_), (k_, v_), (lse_,), mask, _, dropout in _dense_batches(
+        (q, out), (k, v), (lse,), attn_bias, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
+        window_left, window_right, dropout_seed, dropout_p,
+    ):  # fmt: skip
+        if q_.numel() > 0 and k_.shape[1] > 0:
+            if _fused_fits(mask, softcap, dropout):
+                _forward_fused(q_, k_, v_, mask, softmax_scale, out_, lse_)
+            else:
+                _forward_chunked(q_, k_, v_, mask, dropout, softmax_scale, softcap, out_, lse_)
+        if sinks is not None:
+            _join_sinks(sinks, out_, lse_)
+    return out, lse
+
+
+def attention_bwd(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    dropout_seed: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    window_left: int | None,
+    window_right: int | None,
+    softmax_scale: float,
+    softcap: float,
+    dropout_p: float,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of :func:`attention_fwd`: dq, dk, dv, contiguous, in their inputs' shapes and dtypes; dbias or None;
+    dsinks or None.
+
+    dout and dlse have out's and lse's shapes and any strides; dlse may be None. dbias (attn_bias's shape and dtype) is
+    computed where ``bias_grad``; dsinks (sinks' dtype) where sinks are given.
+    """
+    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    dbias = torch.zeros(attn_bias.shape, dtype=_accumulation_dtype(q.dtype), device=q.device) if bias_grad else None
+    # In half precision torch's fused backward is slower than the chunks, by up to a factor of four.
+    fusable = dlse is None and not bias_grad and q.dtype in (torch.float32, torch.float64)
+    for (q_, out_, dout_, dq_), (k_, v_, dk_, dv_), (lse_, *dlse_), mask, dbias_, dropout in _dense_batches(
+        (q, out, dout, dq), (k, v, dk, dv), (lse,) if dlse is None else (lse, dlse), attn_bias, alibi_slopes, dbias,
+        cu_seqlens_q, cu_seqlens_k, window_left, window_right, dropout_seed, dropout_p,
+    ):  # fmt: skip
+        if q_.numel() > 0 and k_.shape[1] > 0:
+            if fusable and _fused_fits(mask, softcap, dropout):
+                _backward_fused(dout_, q_, k_, v_, mask, softmax_scale, out_, lse_, dq_, dk_, dv_)
+            else:
+                _backward_chunked(
+                    dout_, dlse_[0] if dlse_ else None, q_, k_, v_, mask, sinks, dropout, softmax_scale, softcap,
+                    dq_, dk_, dv_, dbias_,
+                )  # fmt: skip
+    dsinks = None if sinks is None else _sinks_gradient(sinks, out, dout, lse, dlse)
+    return dq, dk, dv, dbias if dbias is None else dbias.to(attn_bias.dtype), dsinks
+
+
+def dropout_keep(
+    seed: torch.Tensor | int, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float
+) -> torch.Tensor:
+    """The dropout mask used above under that seed: bool (B, H, S_q, S_k), True where a probability is kept.
+
+    Packed: sequence b's rows and columns are positions local to it.
+    """
+    everything = _Chunk(slice(0, batch), slice(0, num_heads), slice(0, seqlen_q), slice(0, seqlen_k))
+    return _keep(_Dropout(dropout_p, int(seed), 0), num_heads, everything)
+
+
+# What a call consists of: dense batches, and their chunks.
+
+
+def _dense_batches(
+    of_queries, of_keys, lses, attn_bias, alibi_slopes, dbias, cu_seqlens_q, cu_seqlens_k, left, right,
+    dropout_seed, dropout_p,
+) -> Iterator[tuple]:  # fmt: skip
+    """The call as dense batches, one, or one a packed sequence: views of the tensors, mask, dbias' part, dropout."""
+    bias, dbias = _four_dims(attn_bias), _four_dims(dbias)
+    slopes = None if alibi_slopes is None else alibi_slopes.reshape(-1, alibi_slopes.shape[-1])
+    seed = int(dropout_seed) if dropout_p > 0 else 0
+
+    def mask(bias, slopes, seqlen_q, seqlen_k):
+        left_, right_ = left, right
+        if left is not None and left >= seqlen_k - 1:
+            left_ = None
+        if right is not None and right >= seqlen_q - 1:
+            right_ = None
+        return _Mask(bias, slopes, left_, right_)
+
+    if cu_seqlens_q is None:
+        seqlen_q, seqlen_k = of_queries[0].shape[1], of_keys[0].shape[1]
+        yield of_queries, of_keys, lses, mask(bias, slopes, seqlen_q, seqlen_k), dbias, _Dropout(dropout_p, seed, 0)
+        return
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
+        seqlen_q, seqlen_k = rows.stop - rows.start, keys.stop - keys.start
+        place = slice(b, b + 1), slice(None), slice(seqlen_q), slice(seqlen_k)
+        yield (
+            [t[None, rows] for t in of_queries],
+            [t[None, keys] for t in of_keys],
+            [t[None, :, rows] for t in lses],
+            mask(_part(bias, *place), _part(slopes, *place), seqlen_q, seqlen_k),
+            _part(dbias, *place),
+            _Dropout(dropout_p, seed, b),
+        )
+
+
+def _row_chunks(seqlen_q: int, seqlen_k: int, mask: _Mask, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Chunks of rows, each with the keys that any of its rows sees; those that see none are left out."""
+    shift = seqlen_k - seqlen_q
+    for start in range(0, seqlen_q, rows):
+        stop = min(start + rows, seqlen_q)
+        first = 0 if mask.left is None else max(0, start + shift - mask.left)
+        last = seqlen_k if mask.right is None else min(seqlen_k, stop + shift + mask.right)
+        if first < last:
+            yield slice(start, stop), slice(first, last)
+
+
+def _mask_window(scores: torch.Tensor, mask: _Mask, rows: slice, keys: slice, shift: int) -> None:
+    """Writes -inf over a chunk's (..., rows, keys) scores outside the window, touching only columns that it cuts."""
+
+    def cut(first, last, outside):
+        first, last = max(first, keys.start), min(last, keys.stop)
+        if first < last:
+            rows_own = torch.arange(rows.start + shift, rows.stop + shift, device=scores.device)[:, None]
+            columns = torch.arange(first, last, device=scores.device)
+            scores[..., first - keys.start : last - keys.start].masked_fill_(outside(columns - rows_own), -math.inf)
+
+    if mask.right is not None:
+        cut(rows.start + shift + mask.right + 1, keys.stop, lambda distance: distance > mask.right)
+    if mask.left is not None:
+        cut(keys.start, rows.stop - 1 + shift - mask.left, lambda distance: distance < -mask.left)
+
+
+def _part(t: torch.Tensor | None, *slices: slice) -> torch.Tensor | None:
+    """A view of t's part at these slices of its leading dims, the whole of a dim where it broadcasts."""
+    if t is None:
+        return None
+    return t[tuple(slice(None) if size == 1 else s for size, s in zip(t.shape, slices, strict=False))]
+
+
+def _four_dims(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t[(None,) * (4 - t.dim())]
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Through torch's fused op, which takes (B, H, S, D), masks (B|1, H|1, S_q|1, S_k|1) and top-left causal.
+
+
+def _fused_fits(mask: _Mask, softcap: float, dropout: _Dropout) -> bool:
+    # Slopes could go into its mask, but that is one of its own for every head.
+    return softcap == 0 and dropout.p == 0 and mask.slopes is None
+
+
+def _fused_chunks(q, k, mask: _Mask) -> Iterator[tuple[slice, slice, torch.Tensor | None, bool]]:
+    """Rows, keys, additive mask and is_causal of each call to be made."""
+    seqlen_q, seqlen_k, bias = q.shape[1], k.shape[1], mask.bias
+    shift = seqlen_k - seqlen_q
+    everything = slice(0, seqlen_q), slice(0, seqlen_k)
+    windowed = mask.left is not None or mask.right is not None
+    if bias is None and mask.left is None and mask.right in (None, -shift):
+        yield *everything, None, windowed  # a right side of -shift puts row 0 on key 0: top-left causal
+        return
+    if not windowed and (bias.dtype in (q.dtype, _accumulation_dtype(q.dtype)) or bias.numel() <= _CHUNK_ELEMENTS):
+        yield *everything, _additive(bias, q.dtype), False
+        return
+    num_masks = 1 if bias is None else bias.shape[0] * bias.shape[1]
+    num_rows = max(_FUSED_MIN_ROWS, _CHUNK_ELEMENTS // (num_masks * seqlen_k))
+    for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, min(num_rows, _CHUNK_ROWS) if windowed else num_rows):
+        if bias is None:
+            additive = q.new_zeros(
+                1, 1, rows.stop - rows.start, keys.stop - keys.start, dtype=_accumulation_dtype(q.dtype)
+            )
+        else:
+            additive = _additive(_part(bias, slice(None), slice(None), rows, keys), q.dtype)
+        if windowed:
+            if bias is not None:
+                shape = *additive.shape[:2], rows.stop - rows.start, keys.stop - keys.start
+                additive = additive.expand(shape).clone()
+            _mask_window(additive, mask, rows, keys, shift)
+        yield rows, keys, additive, False
+
+
+def _additive(bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bias as the fused op takes it: in the inputs' dtype or their accumulation dtype, copied only where needed."""
+    accumulate = _accumulation_dtype(dtype)
+    if bias.dtype == torch.bool:
+        return torch.zeros(bias.shape, dtype=accumulate, device=bias.device).masked_fill_(~bias, -math.inf)
+    return bias if bias.dtype == dtype else bias.to(accumulate)
+
+
+def _fused_inputs(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """(B, S, H, any D) tensors as the fused op needs them: (B, H, S, D) views, one D for all, last stride 1."""
+    head_dim = max(t.shape[-1] for t in tensors)
+    tensors = (t if t.shape[-1] == head_dim else F.pad(t, (0, head_dim - t.shape[-1])) for t in tensors)
+    return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
+
+
+def _forward_fused(q, k, v, mask, scale, out, lse) -> None:
+    chunks = _fused_chunks(q, k, mask)
+    q, k, v_ = _fused_inputs(q, k, v)
+    for rows, keys, additive, causal in chunks:
+        out_, lse_ = _fused_forward(
+            q[:, :, rows], k[:, :, keys], v_[:, :, keys], 0.0, causal, attn_mask=additive, scale=scale
+        )
+        out[:, rows] = out_.transpose(1, 2)[..., : v.shape[-1]]
+        if additive is not None:  # the fused op's output for a row that sees nothing is 0, but its lse is 0 as well
+            lse_ = lse_.masked_fill(additive.amax(-1) == -math.inf, -math.inf)
+        lse[:, :, rows] = lse_
+
+
+def _backward_fused(dout, q, k, v, mask, scale, out, lse, dq, dk, dv) -> None:
+    # The fused op derives each row's share of the gradient from out, and its probabilities from lse: given those that
+    # include sinks, its gradients do so too.
+    chunks = _fused_chunks(q, k, mask)
+    q, k, v, out, dout = _fused_inputs(q, k, v, out, dout)
+    lse = lse.masked_fill(lse == -math.inf, 0.0)
+    for rows, keys, additive, causal in chunks:
+        dq_, dk_, dv_ = _fused_backward(
+            dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], lse[:, :, rows],
+            0.0, causal, attn_mask=additive, scale=scale,
+        )  # fmt: skip
+        dq[:, rows] = dq_.transpose(1, 2)[..., : dq.shape[-1]]
+        dk[:, keys] += dk_.transpose(1, 2)[..., : dk.shape[-1]]
+        dv[:, keys] += dv_.transpose(1, 2)[..., : dv.shape[-1]]
+
+
+# In plain torch. A chunk is rows of some heads of some batch entries; query heads that share a key/value head are
+# folded into its rows, so that keys and values are never repeated.
+
+
+class _Chunk(NamedTuple):
+    batch: slice
+    heads: slice  # of the query
+    rows: slice
+    keys: slice
+
+
+def _head_chunks(q, k, mask: _Mask) -> Iterator[tuple[slice, slice, slice, int]]:
+    """Batch entries, key/value heads, their query heads, and the number of rows to take at once."""
+    (batch, seqlen_q, num_heads, _), (seqlen_k, num_kv_heads) = q.shape, k.shape[1:3]
+    group = num_heads // num_kv_heads
+    num_rows = min(seqlen_q, max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // (group * seqlen_k))))
+    visible = seqlen_k
+    if mask.left is not None and mask.right is not None:
+        visible = max(1, min(seqlen_k, num_rows + mask.left + mask.right))
+    num_heads_at_once = max(1, _CHUNK_ELEMENTS // (group * min(num_rows, seqlen_q) * visible))
+    step_h = min(num_kv_heads, num_heads_at_once)
+    step_b = max(1, num_heads_at_once // num_kv_heads)
+    for b in range(0, batch, step_b):
+        for h in range(0, num_kv_heads, step_h):
+            stop = min(h + step_h, num_kv_heads)
+            yield slice(b, min(b + step_b, batch)), slice(h, stop), slice(h * group, stop * group), num_rows
+
+
+def _fold(t: torch.Tensor, num_kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """(B, S, H, D) to (B * H_kv, H / H_kv * S, D)."""
+    return t.to(dtype).transpose(1, 2).reshape(t.shape[0] * num_kv_heads, -1, t.shape[-1])
+
+
+def _unfold(t: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """(B * H_kv, H / H_kv * S, D) to (B, S, H, D)."""
+    return t.view(batch, -1, length, t.shape[-1]).transpose(1, 2)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """scale * a @ b, accumulated and scaled in float32."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
+def _matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    # CPUs multiply bfloat16 faster than float32, so it stays; float16 they do not, so it gains precision for nothing.
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk, shift: int):
+    """Final scores (b, h, rows, keys) of folded q and k, and softcap's derivative there (None without it)."""
+    batch, heads, rows, keys = chunk
+    scores = _product(q, k.transpose(1, 2), scale)
+    scores = scores.view(batch.stop - batch.start, heads.stop - heads.start, rows.stop - rows.start, -1)
+    scores = scores.to(_accumulation_dtype(q.dtype))
+    slope_of_cap = None
+    if softcap > 0:
+        scores.div_(softcap).tanh_()
+        slope_of_cap = 1.0 - scores.square()
+        scores.mul_(softcap)
+    if mask.slopes is not None:
+        rows_own = torch.arange(rows.start + shift, rows.stop + shift, dtype=scores.dtype, device=scores.device)
+        distance = torch.arange(keys.start, keys.stop, dtype=scores.dtype, device=scores.device) - rows_own[:, None]
+        scores.addcmul_(_part(mask.slopes, batch, heads).to(scores.dtype)[:, :, None, None], distance.abs_(), value=-1)
+    if mask.bias is not None:
+        bias = _part(mask.bias, *chunk)
+        scores.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else scores.add_(bias)
+    _mask_window(scores, mask, rows, keys, shift)
+    return scores, slope_of_cap
+
+
+def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the last dim and its log-sum-exp; a row of -inf gives 0 and -inf."""
+    row_max = scores.amax(-1)
+    probabilities = torch.softmax(scores, -1)
+    empty = row_max == -math.inf
+    if empty.any():
+        probabilities.masked_fill_(empty.unsqueeze(-1), 0.0)
+    # A row's largest probability is exp(0) / sum, so that this is row_max + log(sum), without summing once more.
+    lse = row_max - probabilities.amax(-1).log_()
+    return probabilities, lse.masked_fill_(empty, -math.inf)
+
+
+def _forward_chunked(q, k, v, mask, dropout, scale, softcap, out, lse) -> None:
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    dtype = _matmul_dtype(q.dtype)
+    for batch, kv_heads, heads, num_rows in _head_chunks(q, k, mask):
+        kv = kv_heads.stop - kv_heads.start
+        k_, v_ = (_fold(t[batch, :, kv_heads], kv, dtype) for t in (k, v))
+        for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, num_rows):
+            chunk = _Chunk(batch, heads, rows, keys)
+            q_ = _fold(q[batch, rows, heads], kv, dtype)
+            scores, _ = _chunk_scores(q_, k_[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q)
+            probabilities, lse[batch, heads, rows] = _softmax(scores)
+            if dropout.p > 0:
+                probabilities.mul_(_keep(dropout, q.shape[2], chunk))
+            folded = probabilities.view(q_.shape[0], q_.shape[1], -1).to(dtype)
+            out_ = _product(folded, v_[:, keys], 1.0 / (1.0 - dropout.p))
+            out[batch, rows, heads] = _unfold(out_, batch.stop - batch.start, rows.stop - rows.start)
+
+
+def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap, dq, dk, dv, dbias) -> None:
+    """dS = P * (dP - rowsum(P * dP) + dlse), with P and dP computed again for each chunk."""
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    dtype, accumulate = _matmul_dtype(q.dtype), _accumulation_dtype(q.dtype)
+    for batch, kv_heads, heads, num_rows in _head_chunks(q, k, mask):
+        kv = kv_heads.stop - kv_heads.start
+        k_, v_ = (_fold(t[batch, :, kv_heads], kv, dtype) for t in (k, v))
+        dk_, dv_ = (torch.zeros_like(t, dtype=accumulate) for t in (k_, v_))
+        for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, num_rows):
+            chunk = _Chunk(batch, heads, rows, keys)
+            q_, dout_ = (_fold(t[batch, rows, heads], kv, dtype) for t in (q, dout))
+            scores, slope_of_cap = _chunk_scores(q_, k_[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q)
+            probabilities, lse_of_keys = _softmax(scores)
+            if sinks is not None:
+                # Of these scores' own sum: the forward's lse may come from scores that were not rounded as they are.
+                total = torch.logaddexp(lse_of_keys, sinks[heads].to(accumulate)[:, None])
+                probabilities.mul_(_difference_exp(lse_of_keys, total).unsqueeze(-1))
+
+            def folded(t, like=q_):
+                return t.view(like.shape[0], like.shape[1], -1).to(dtype)
+
+            dprobabilities = _product(dout_, v_[:, keys].transpose(1, 2)).view(probabilities.shape).to(accumulate)
+            kept = probabilities
+            if dropout.p > 0:
+                keep = _keep(dropout, q.shape[2], chunk) / (1.0 - dropout.p)
+                kept = probabilities * keep
+                dprobabilities.mul_(keep)
+            _add_product(dv_[:, keys], folded(kept).transpose(1, 2), dout_)
+            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, accumulate)
+            if dlse is not None:
+                dscores.addcmul_(probabilities, dlse[batch, heads, rows].unsqueeze(-1))
+            if dbias is not None:
+                part = _part(dbias, *chunk)
+                part += dscores.sum_to_size(part.shape)
+            if slope_of_cap is not None:
+                dscores.mul_(slope_of_cap)
+            dscores = folded(dscores)
+            dq_ = _product(dscores, k_[:, keys], scale)
+            dq[batch, rows, heads] = _unfold(dq_, batch.stop - batch.start, rows.stop - rows.start)
+            _add_product(dk_[:, keys], dscores.transpose(1, 2), q_, scale)
+        for grad, total in ((dk, dk_), (dv, dv_)):
+            grad[batch, :, kv_heads] = _unfold(total, batch.stop - batch.start, seqlen_k)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> None:
+    """total += scale * a @ b."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b, alpha=scale)
+    else:
+        total.add_(torch.bmm(a, b), alpha=scale)
+
+
+# Sinks: one more logit in every row's denominator, laid over the result of the keys alone.
+
+
+def _difference_exp(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """exp(x - total), the share of x in a sum whose logarithm is total; 0 where the sum itself is."""
+    return (x - total).exp_().masked_fill_(total == -math.inf, 0.0)
+
+
+def _join_sinks(sinks: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    out.mul_(_difference_exp(lse, total).transpose(-1, -2).unsqueeze(-1))
+    lse.copy_(total)
+
+
+def _sinks_gradient(sinks, out, dout, lse, dlse) -> torch.Tensor:
+    """The sum over rows of p_sink * (dlse - rowsum(out * dout)): the sink has a share of each row, and no value."""
+    share = _difference_exp(sinks.to(lse.dtype)[:, None], lse).transpose(-1, -2)
+    dscore = -(out.to(lse.dtype) * dout.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        dscore += dlse.transpose(-1, -2)
+    return (share * dscore).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
+
+
+# Dropout: a counter-based mask, so that any chunk can have its part, and the backward the forward's.
+
+
+def _keep(dropout: _Dropout, num_heads: int, chunk: _Chunk) -> torch.Tensor:
+    """bool (batch, heads, rows, keys): True where a probability is kept.
+
+    Philox gives each row two words; a cheaper hash of those and the key's position (multiply, xor-shift, 32 bits) gives
+    each entry its number. Philox throughout, as in the GPU kernels, would take longer than the attention itself.
+    """
+
+    def index(s, dim, start=0):
+        return torch.arange(start + s.start, start + s.stop).reshape([-1 if d == dim else 1 for d in range(4)])
+
+    head = index(chunk.batch, 0, dropout.batch_start) * num_heads + index(chunk.heads, 1)
+    key, zero = (dropout.seed & 0xFFFFFFFF, (dropout.seed >> 32) & 0xFFFFFFFF), torch.zeros((), dtype=torch.int64)
+    word0, word1, _, _ = philox_4x32(key, (zero, index(chunk.rows, 2), head, zero))
+    x = (index(chunk.keys, 3) * 0x9E3779B9).to(torch.int32) + word0.to(torch.int32)
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D).add_(word1.to(torch.int32))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))
+    return x >= int(dropout.p * 2**32) - (1 << 31)

@@ -1,0 +1,259 @@
+"""flash-attn 2.8's functions on fastattn's kernels: the same names, arguments and argument order.
+
+    from fastattn.flash_attn import flash_attn_func          # was: from flash_attn import flash_attn_func
+
+What differs from flash-attn, each time by allowing more: float32 besides float16 and bfloat16; any head_dim from 1 to 512, and v's own;
+softcap together with dropout; CPU tensors; an LSE that can be differentiated. And one convention: a row that sees no key has LSE −inf
+(flash-attn 2 says +inf); its output is 0 in both.
+
+Options shared by every function:
+    dropout_p: probability of dropping an attention weight, in [0, 1); pass 0.0 for evaluation.
+    softmax_scale: multiplies q·kᵀ; 1/√D by default.
+    causal: row i sees key j iff j ≤ i + S_k − S_q (aligned to the bottom right).
+    window_size: (left, right) counts of keys around that diagonal, inclusive; −1 or None is unbounded; 0-d tensors are read.
+    softcap: with softcap > 0 scores become softcap·tanh(score/softcap).
+    alibi_slopes: (H,) or (B, H); adds −slope·|i + S_k − S_q − j|.
+    deterministic: False, flash-attn's default, permits float atomics in the backward; no kernel uses them today.
+    return_attn_probs: return (out, lse, S_dmask). lse: float32, natural logarithm, (B, H, S_q), packed (H, T_q). S_dmask: None without
+        dropout, else the softmax's probabilities before dropout, (B, H, S_q, S_k) in q's dtype, negated where the entry was dropped;
+        packed (B, H, max_seqlen_q, max_seqlen_k), 0 beyond each sequence. It holds the whole matrix: for testing, as in flash-attn.
+
+Errors are those of `fastattn.attention`: ValueError, TypeError for types and dtypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.ops import checks
+from fastattn.ops.attention import attention, draw_seed, dropout_keep
+
+from . import bert_padding
+
+__all__ = [
+    "bert_padding",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    """Attention of q (B, S_q, H, D) over k (B, S_k, H_kv, D) and v (B, S_k, H_kv, D_v): (B, S_q, H, D_v). Options: see the module."""
+    options = {
+        "causal": causal,
+        "window": window_size,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
+        "deterministic": deterministic,
+    }
+    return _attention(q, k, v, options, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    """`flash_attn_func` with k and v in one tensor kv (B, S_k, 2, H_kv, D), read where they lie."""
+    k, v = _unpack("flash_attn_kvpacked_func", "kv", kv, "(B, S_k, 2, H_kv, D)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    """`flash_attn_func` with q, k and v in one tensor qkv (B, S, 3, H, D), read where they lie."""
+    q, k, v = _unpack("flash_attn_qkvpacked_func", "qkv", qkv, "(B, S, 3, H, D)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    """Attention of packed q (T_q, H, D) over k (T_k, H_kv, D) and v (T_k, H_kv, D_v), sequence by sequence: (T_q, H, D_v).
+
+    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starting at 0; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+    max_seqlen_q, max_seqlen_k: upper bounds of the lengths. Other options: see the module.
+
+    Raises: NotImplementedError for block_table: there is no paged KV cache yet.
+    """
+    if block_table is not None:
+        raise NotImplementedError(
+            "flash_attn_varlen_func: block_table must be None (there is no paged KV cache yet), "
+            f"got {type(block_table).__name__}"
+        )
+    for arg, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        checks.check_tensor("flash_attn_varlen_func", arg, cu_seqlens)
+    options = {
+        "causal": causal,
+        "window": window_size,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "deterministic": deterministic,
+    }
+    return _attention(q, k, v, options, return_attn_probs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    """`flash_attn_varlen_func` with k and v in one tensor kv (T_k, 2, H_kv, D), read where they lie."""
+    k, v = _unpack("flash_attn_varlen_kvpacked_func", "kv", kv, "(T_k, 2, H_kv, D)")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    """`flash_attn_varlen_func` with q, k and v in one tensor qkv (T, 3, H, D), read where they lie."""
+    q, k, v = _unpack("flash_attn_varlen_qkvpacked_func", "qkv", qkv, "(T, 3, H, D)")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _unpack(op: str, arg: str, packed: Tensor, letters: str) -> tuple[Tensor, ...]:
+    """Views of the 2 (kv) or 3 (qkv) tensors that lie side by side in dim -3."""
+    checks.check_tensor(op, arg, packed)
+    if packed.dim() != letters.count(",") + 1 or packed.shape[-3] != len(arg):
+        checks.reject(op, arg, f"have shape {letters}", checks.shape(packed))
+    return packed.unbind(-3)
+
+
+def _attention(q, k, v, options, return_attn_probs):
+    if not return_attn_probs:
+        return attention(q, k, v, **options)
+    rng_state = None
+    if options["dropout_p"] > 0.0 and isinstance(q, Tensor):
+        rng_state = torch.cuda.get_rng_state(q.device) if q.is_cuda else torch.get_rng_state()
+    out, lse = attention(q, k, v, **options, return_lse=True)
+    return out, lse, None if rng_state is None else _signed_probabilities(q, k, options, rng_state)
+
+
+@torch.no_grad()
+def _signed_probabilities(q, k, options, rng_state) -> Tensor:
+    """flash-attn's S_dmask: the reference's probabilities, signed by the mask whose seed was drawn at `rng_state`."""
+    with torch.random.fork_rng(devices=[q.device] if q.is_cuda else []):
+        if q.is_cuda:
+            torch.cuda.set_rng_state(rng_state, q.device)
+        else:
+            torch.set_rng_state(rng_state)
+        seed = draw_seed(q.device)
+
+    options = dict(options)
+    dropout_p, cu_seqlens_k = options.pop("dropout_p"), options.get("cu_seqlens_k")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    # P·I = P: over values that name their own position, attention gives the probabilities, under any mask or bias.
+    if cu_seqlens_k is None:
+        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+        names = torch.eye(seqlen_k, dtype=q.dtype, device=q.device)[None, :, None].expand(batch, -1, kv_heads, -1)
+        probabilities = reference.attention(q, k, names, **options).transpose(1, 2)
+    else:
+        batch, seqlen_q, seqlen_k = cu_seqlens_k.shape[0] - 1, options["max_seqlen_q"], options["max_seqlen_k"]
+        tokens, _, columns = _positions(cu_seqlens_k, k.shape[0])
+        names = q.new_zeros(k.shape[0], 1, seqlen_k)
+        names[tokens, 0, columns] = 1.0
+        packed = reference.attention(q, k, names.expand(-1, kv_heads, -1), **options)
+        tokens, sequences, rows = _positions(options["cu_seqlens_q"], q.shape[0])
+        probabilities = q.new_zeros(batch, heads, seqlen_q, seqlen_k)
+        probabilities[sequences, :, rows] = packed[tokens]
+    keep = dropout_keep(seed, batch, heads, seqlen_q, seqlen_k, dropout_p)
+    return torch.where(keep, probabilities, -probabilities)
+
+
+def _positions(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the packed tokens that belong to a sequence: their row, their sequence, and their position in it."""
+    tokens = torch.arange(total, device=cu_seqlens.device)
+    tokens = tokens[tokens < cu_seqlens[-1]]
+    sequences = torch.bucketize(tokens, cu_seqlens[1:], right=True)
+    return tokens, sequences, tokens - cu_seqlens[sequences]

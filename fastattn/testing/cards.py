@@ -1,0 +1,322 @@
+"""Kernel cards: what the compiler makes of every row of the tile table, kept in golden files and compared.
+
+    fastattn cards              compile every row for its part, without a GPU, and rewrite the golden files
+    fastattn cards --check      compile every row and compare; a worse figure fails
+    fastattn cards --changed    the same for rows whose sources changed, and for a fixed sample
+
+A row (kernel, part, dtype class, head-dim bucket) is compiled through its real launcher under the stub driver with two flag sets: "plain"
+(dense, causal) and "all" (packed, grouped heads, window on both sides, softcap, ALiBi, float bias with a gradient, sinks, dropout). A row
+split into two passes gives two cards, dk and dv; the dbias kernel rides on the dq row. The files, tests/cards/<launcher>.json, hold one card
+a line:
+
+    "attention_fwd sm90 half 128 plain": {"config": "128x128 w8 s2 tma overlap", "registers": 252, "stack": 0, ...}
+
+Figures hold for one compiler, so under another Triton than the files' nothing is compared, and that is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import inspect
+import json
+import multiprocessing
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from fastattn.kernels.attention import attention_fwd
+from fastattn.kernels.attention_bwd import attention_bwd
+from fastattn.kernels.tiles import HEAD_DIM_BUCKETS, TILES, Config
+
+from .sass import read_card
+from .stub_driver import SHARED_MEMORY_LIMITS, stub_driver
+
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "cards"
+TRITON = "3.9"  # the version the golden files hold for
+LAUNCHERS = {"attention_fwd": attention_fwd, "attention_bwd": attention_bwd}
+PARTS = {"sm80": (8, 0), "sm90": (9, 0), "sm100": (10, 0), "sm120": (12, 0)}
+DTYPES = {"half": torch.bfloat16, "single": torch.float32}
+FLAGS = ("plain", "all")
+REGISTER_NOISE = 8  # registers are handed out in eights: less is the compiler's mood, not a cost
+MAX_CHANGED = 40  # jobs whose sources changed that `--changed` still recompiles
+
+Card = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of a launcher, which compiles all that the cards of a table row (in backward: of two) are read from."""
+
+    launcher: str
+    part: str
+    dtype_class: str
+    head_dim: int
+    flags: str
+
+    def __str__(self) -> str:
+        return f"{self.launcher} {self.part} {self.dtype_class} {self.head_dim} {self.flags}"
+
+    @property
+    def is_required(self) -> bool:
+        """True where the rules of `violations` ask for more than fitting: plain causal half precision at head dims 64 and 128."""
+        return self.flags == "plain" and self.dtype_class == "half" and self.head_dim <= 128
+
+
+def all_jobs() -> list[Job]:
+    return [
+        Job(launcher, part, dtype_class, head_dim, flags)
+        for launcher in LAUNCHERS
+        for part in PARTS
+        for dtype_class in DTYPES
+        for head_dim in HEAD_DIM_BUCKETS
+        for flags in FLAGS
+    ]
+
+
+def sample() -> list[Job]:
+    """What every `--changed` recompiles: the rows with the strictest rules, and one of each other kind. About 40 cards."""
+    others = [
+        Job("attention_fwd", "sm90", "half", 128, "all"),
+        Job("attention_fwd", "sm100", "half", 256, "plain"),
+        Job("attention_fwd", "sm120", "half", 512, "plain"),
+        Job("attention_fwd", "sm80", "single", 64, "plain"),
+    ]
+    return [job for job in all_jobs() if job.is_required] + others
+
+
+def launch(job: Job, **override: Any) -> None:
+    """Call the job's launcher on zeros; `override` goes to it as config= or configs=, to try other tiles than the table's."""
+    batch, seqlen, heads, head_dim, dtype = 2, 512, 4, job.head_dim, DTYPES[job.dtype_class]
+    q, k, v = (torch.zeros(batch, seqlen, heads, head_dim, dtype=dtype) for _ in range(3))
+    lse = torch.zeros(batch, heads, seqlen)
+    tensors: tuple[torch.Tensor | None, ...] = (None,) * 6
+    window_left, softcap, dropout_p = None, 0.0, 0.0
+    if job.flags == "all":
+        k, v = k[:, :, : heads // 2], v[:, :, : heads // 2]
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        lse = lse.transpose(0, 1).reshape(heads, batch * seqlen)
+        bias, slopes, sinks = torch.zeros(batch, heads, seqlen, seqlen, dtype=dtype), torch.zeros(heads), torch.zeros(heads)
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * seqlen
+        tensors = (bias, slopes, sinks, torch.zeros(1, dtype=torch.int64), cu_seqlens, cu_seqlens)
+        window_left, softcap, dropout_p = 100, 10.0, 0.1
+    options = (seqlen, seqlen, window_left, 0, head_dim**-0.5, softcap, dropout_p)
+    if job.launcher == "attention_fwd":
+        attention_fwd(q, k, v, *tensors, *options, **override)
+    else:
+        attention_bwd(q, None, q, k, v, *tensors, q, lse, *options, job.flags == "all", **override)
+
+
+def compile_cards(job: Job, **override: Any) -> dict[str, Card]:
+    """The cards of one job by name, compiled for its part."""
+    cards = {}
+    with stub_driver(PARTS[job.part]) as driver:
+        launch(job, **override)
+        for recorded in driver.launches:
+            kernel = recorded.name.removeprefix("_").removesuffix("_kernel")
+            passes = [name for name in ("dk", "dv") if recorded.args.get(f"WANT_{name.upper()}")]
+            if kernel == "attention_bwd_dbias":
+                kernel, passes = "attention_bwd_dq", ["dbias"]
+            if (kernel, job.part, job.dtype_class, job.head_dim) not in TILES:
+                continue  # the kernel that computes delta has no tile to choose
+            name = " ".join([str(job).replace(job.launcher, kernel, 1), *(passes if len(passes) == 1 else [])])
+            cards[name] = {"config": _tile(job, kernel), "hash": job_hash(job), "triton": triton.__version__, **read_card(recorded.compiled)}
+            for redundant in ("name", "arch", "num_warps"):
+                del cards[name][redundant]
+    return cards
+
+
+def _config(job: Job, kernel: str) -> Config:
+    return TILES[kernel, job.part, job.dtype_class, job.head_dim]
+
+
+def _tile(job: Job, kernel: str) -> str:
+    """A Config as it stands on a card: `128x64 w8 s2 tma`."""
+    config = _config(job, kernel)
+    switches = [name for name in ("tma", "overlap", "split") if getattr(config, name)]
+    return " ".join([f"{config.BLOCK_M}x{config.BLOCK_N} w{config.num_warps} s{config.num_stages}", *switches])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a card was read from.
+
+
+def _sources(root: Any) -> Iterator[str]:
+    """The launcher's source and that of everything of fastattn.kernels it leads to, without comments and docstrings."""
+    seen, pending = set(), [root]
+    while pending:
+        item = pending.pop()
+        plain = getattr(item, "fn", item)  # what @triton.jit wraps
+        if id(plain) in seen or plain.__name__ == "pick_config":  # the row's own tile is hashed, not the whole table
+            continue
+        seen.add(id(plain))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        yield ast.dump(tree)
+        scope = vars(inspect.getmodule(plain))
+        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+            value = scope.get(name)
+            if isinstance(value, (int, float, str, list, triton.language.constexpr)):
+                yield f"{name} = {value}"
+            elif getattr(value, "__module__", "").startswith("fastattn.kernels"):
+                pending.append(value)
+
+
+def job_hash(job: Job) -> str:
+    """Of the sources, the tiles and the options that the job's cards are read from."""
+    digest = hashlib.sha256()
+    for source in _sources(LAUNCHERS[job.launcher]):
+        digest.update(source.encode())
+    tiles = [_tile(job, kernel) for kernel, *row in TILES if row == [job.part, job.dtype_class, job.head_dim] and kernel.startswith(job.launcher)]
+    digest.update(f"{job} {tiles}".encode())
+    digest.update(inspect.getsource(launch).encode())
+    return digest.hexdigest()[:12]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a card must satisfy, alone and against its golden one.
+
+
+def violations(name: str, card: Card) -> list[str]:
+    """The rules a card breaks by itself, in words."""
+    kernel, part, dtype_class, head_dim, flags, *_ = name.split()
+    wrong = []
+    limit = SHARED_MEMORY_LIMITS[PARTS[part]]
+    if card["shared"] > limit:
+        wrong.append(f"shared memory {card['shared']} is over {part}'s {limit}")
+    if dtype_class == "half":
+        instruction = {"sm90": "HGMMA", "sm100": "UTCHMMA"}.get(part, "HMMA")
+        if not card["mma"]:
+            wrong.append("no matrix instructions")
+        elif int(head_dim) <= 128 and card["mma"].get(instruction, 0) == 0:
+            wrong.append(f"no {instruction}, the matrix instructions are {card['mma']}")
+        if "tma" in card["config"].split() and card["tma"] == 0:
+            wrong.append("the tile says tma and there is no TMA load")
+        if card["hot_loop_mma"] is None:
+            wrong.append("no loop holds a matrix instruction")
+    if flags == "plain" and dtype_class == "half" and int(head_dim) <= 128:
+        if card["stack"] > 0:
+            wrong.append(f"{card['stack']} bytes of spills where none are allowed")
+        if kernel == "attention_fwd" and part == "sm90" and (card["overlap"] or 0.0) < 0.5:
+            wrong.append(f"only {card['overlap']} of the exponentials run under P·V, 0.5 must")
+    return [f"{name}: {what}" for what in wrong]
+
+
+def regressions(name: str, card: Card, golden: Card) -> list[str]:
+    """Where a card is worse than its golden one, in words."""
+    slack = {"registers": REGISTER_NOISE, "stack": 0, "local": 0, "hot_loop_local": 0, "shared": 0}
+    worse = [
+        f"{name}: {figure} grew from {golden[figure]} to {card[figure]}"
+        for figure, allowed in slack.items()
+        if (card[figure] or 0) > (golden[figure] or 0) + allowed
+    ]
+    if set(card["mma"]) != set(golden["mma"]):
+        worse.append(f"{name}: matrix instructions were {golden['mma']}, now {card['mma']}")
+    if golden["tma"] and not card["tma"]:
+        worse.append(f"{name}: TMA loads are gone")
+    return worse
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Golden files, and the command.
+
+
+def comparable() -> str | None:
+    """None where the golden files hold for this Triton, else why not."""
+    if triton.__version__.split(".")[:2] == TRITON.split("."):
+        return None
+    return f"golden cards hold for Triton {TRITON}, this is {triton.__version__}"
+
+
+def read_golden(folder: Path = GOLDEN) -> dict[str, Card]:
+    """Every golden card by name. Raises: FileNotFoundError, where this is not a checkout."""
+    files = [folder / f"{launcher}.json" for launcher in LAUNCHERS]
+    return {name: card for file in files for name, card in json.loads(file.read_text()).items()}
+
+
+def write_golden(cards: dict[str, Card], folder: Path = GOLDEN) -> None:
+    """One file a launcher, one card a line, sorted: a diff shows which figure of which row moved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for launcher in LAUNCHERS:
+        lines = [f"{json.dumps(name)}: {json.dumps(cards[name], sort_keys=True)}" for name in sorted(cards) if name.startswith(launcher)]
+        (folder / f"{launcher}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def changed_jobs(golden: dict[str, Card]) -> list[Job]:
+    """Jobs whose golden cards were read from other sources, or do not exist."""
+    hashes = {name: card["hash"] for name, card in golden.items()}
+    kernels = {launcher: [k for k in dict.fromkeys(row[0] for row in TILES) if k.startswith(launcher)] for launcher in LAUNCHERS}
+
+    def is_current(job: Job) -> bool:
+        names = [str(job).replace(job.launcher, kernel, 1) for kernel in kernels[job.launcher]]
+        own = [[h for name, h in hashes.items() if name == start or name.startswith(start + " ")] for start in names]
+        return all(own) and {h for found in own for h in found} == {job_hash(job)}
+
+    return [job for job in all_jobs() if not is_current(job)]
+
+
+def compile_all(jobs: Iterable[Job], processes: int = 2) -> Iterator[tuple[Job, dict[str, Card]]]:
+    """Compile jobs side by side, the longest first; yields as they finish."""
+    # spawn: forking a process that has torch's threads may hang
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    with pool:
+        order = sorted(jobs, key=lambda job: (job.launcher, job.dtype_class != "single", -job.head_dim))
+        futures = {pool.submit(compile_cards, job): job for job in order}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def judge(cards: dict[str, Card], golden: dict[str, Card]) -> list[str]:
+    """Everything wrong with freshly compiled cards."""
+    wrong = []
+    for name, card in sorted(cards.items()):
+        wrong += violations(name, card)
+        wrong += regressions(name, card, golden[name]) if name in golden else [f"{name}: has no golden card"]
+    return wrong
+
+
+def _show(name: str, card: Card) -> None:
+    spills = f"stack {card['stack']} local {card['local']} ({card['hot_loop_local'] or 0} in the loop)" if card["stack"] else "no spills"
+    mma = " ".join(f"{kind} {number}" for kind, number in card["mma"].items()) or "no mma"
+    overlap = "" if card["overlap"] is None else f"  overlap {card['overlap']}"
+    loop = card["hot_loop_instructions"] or "-"
+    print(f"{name:52} {card['config']:28} regs {card['registers']:3}  {spills}  shared {card['shared']}  {mma}  loop {loop}{overlap}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `cards` command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="fastattn cards", description="Compile the tile table without a GPU and keep what the compiler made of it.")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="compare every row with the golden files")
+    mode.add_argument("--changed", action="store_true", help="compare rows whose sources changed, and a fixed sample")
+    parser.add_argument("--golden", type=Path, default=GOLDEN, help="folder of the golden files (default: the checkout's tests/cards)")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(argv)
+    checking = options.check or options.changed
+    if checking and comparable() is not None:
+        print(f"skipped: {comparable()}")
+        return 0
+    golden = read_golden(options.golden) if checking else {}
+    jobs = list(dict.fromkeys([*changed_jobs(golden), *sample()])) if options.changed else all_jobs()
+    cards: dict[str, Card] = {}
+    for _, found in compile_all(jobs, options.processes):
+        cards |= found
+        for name, card in found.items():
+            _show(name, card)
+    if not checking:
+        write_golden(cards, options.golden)
+    wrong = judge(cards, golden) if checking else [what for name, card in sorted(cards.items()) for what in violations(name, card)]
+    if options.check:
+        wrong += [f"{name}: is in the golden files and in no table" for name in sorted(set(golden) - set(cards))]
+    print(f"{len(cards)} cards, {len(wrong)} wrong", *wrong, sep="\n", file=sys.stderr if wrong else sys.stdout)
+    return 1 if wrong else 0

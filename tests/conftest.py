@@ -1,0 +1,94 @@
+"""What every test runs under: fixed seeds, poisoned empties, checked interpreted launches, and honest skips.
+
+The suite runs as two processes, because TRITON_INTERPRET is read when a kernel is decorated:
+    TRITON_INTERPRET=1 pytest -m "interpret and not more"
+    pytest -m "not interpret and not more and not gpu"
+Only torch and pytest are needed to import this file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+REQUIRE_ALL = os.environ.get("FASTATTN_REQUIRE_ALL") == "1"
+CAN_CHECK = all(importlib.util.find_spec(module) for module in ("triton", "numpy"))
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # No deadline: an interpreted launch takes as long as it takes. Derandomised: a red run is red again tomorrow.
+    settings.register_profile("fastattn", deadline=None, derandomize=True, max_examples=25, print_blob=True)
+    settings.load_profile("fastattn")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this process cannot run."""
+    for item in items:
+        wants_interpreter = item.get_closest_marker("interpret") is not None
+        if wants_interpreter and not INTERPRETING:
+            item.add_marker(pytest.mark.skip(reason="interpret: runs in the process with TRITON_INTERPRET=1"))
+        elif not wants_interpreter and INTERPRETING:
+            item.add_marker(pytest.mark.skip(reason="compiled: runs in the process without TRITON_INTERPRET"))
+        if wants_interpreter and not CAN_CHECK:
+            item.add_marker(pytest.mark.skip(reason="needs triton and numpy: the interpreter"))
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device on this machine"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Under FASTATTN_REQUIRE_ALL=1 (CI, where everything optional is installed) a "needs ..." skip is a failure."""
+    report = yield
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+        reason = _skip_reason(report)
+        if reason.startswith("needs "):
+            report.outcome = "failed"
+            report.longrepr = f"FASTATTN_REQUIRE_ALL=1 forbids this skip: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """The same rule for modules skipped as a whole (`pytest.importorskip(..., reason="needs ...")`)."""
+    report = yield
+    if REQUIRE_ALL and report.skipped:
+        reason = _skip_reason(report)
+        if reason.startswith("needs "):
+            report.outcome = "failed"
+            report.longrepr = f"FASTATTN_REQUIRE_ALL=1 forbids this skip: {collector.nodeid}: {reason}"
+    return report
+
+
+def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed_and_poisoned_empties():
+    """Seed torch, and let it fill every torch.empty with NaN (or the largest int), so that unwritten output shows."""
+    torch.manual_seed(0)
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.set_deterministic_debug_mode(mode)
+
+
+@pytest.fixture(autouse=True)
+def launches(request: pytest.FixtureRequest):
+    """Runs every interpreted launch of an `interpret` test under the bounds and race checker.
+
+    Gives the checker's record, so that a test can assert `launches.count > 0`; None in other tests.
+    """
+    if request.node.get_closest_marker("interpret") is None:
+        yield None
+        return
+    from fastattn.testing.checker import checked_launches
+
+    with checked_launches() as record:
+        yield record

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Import, interpret and compile under the versions that GPU machines run: torch 2.11.0 (its CUDA build), Triton 3.6.0, numpy below 2.4.
+#   PYTHON=python3.12 tools/second-torch.sh [DIR]          (DIR: the virtual environment, kept for the next run; default .venv-second-torch)
+# torch's CUDA build links against gigabytes of CUDA libraries that nothing here calls. Only the two that it calls while loading, the
+# runtime and CUPTI, are installed; empty libraries of the right names and lazy binding stand in for the rest. No GPU is seen, none is needed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+dir=${1:-.venv-second-torch}
+log=$dir/install.log
+
+skip() {
+  echo "SKIPPED test-second-torch: $1"
+  exit 0
+}
+
+need() { # a tool that CI installs, so that its absence is a failure there
+  [ "${FASTATTN_REQUIRE_ALL:-}" != 1 ] || { echo "FAILED test-second-torch: needs $1"; exit 1; }
+  skip "needs $1"
+}
+
+install() {
+  "$dir/bin/python" -m pip install -q --disable-pip-version-check "$@" >>"$log" 2>&1 && return
+  tail -n 5 "$log"
+  skip "could not download and install $*"
+}
+
+if [ ! "$dir/ready" -nt tools/second-torch.sh ]; then
+  [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || need "Linux on x86_64"
+  command -v gcc >/dev/null || need gcc
+  rm -rf "$dir"
+  "$python" -m venv "$dir"
+  install --no-deps torch==2.11.0
+  install triton==3.6.0 "cuda-toolkit[cudart,cupti]==13.0.2" "numpy<2.4" "setuptools>=77,<82" wheel \
+    filelock fsspec jinja2 networkx sympy typing-extensions pytest pytest-xdist hypothesis
+  site=$("$dir/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+  echo "import os, sys; sys.setdlopenflags(os.RTLD_LAZY)" >"$site/aaa-lazy-binding.pth"
+  for missing in $(ldd "$site"/torch/lib/*.so | awk '/not found/ {print $1}' | sort -u); do
+    gcc -shared -fPIC -Wl,-soname,"$missing" -x c /dev/null -o "$site/torch/lib/$missing"
+  done
+  "$dir/bin/python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-build-isolation -e .
+  touch "$dir/ready"
+fi
+
+cd tests
+"$OLDPWD/$dir/bin/python" -c "
+import fastattn, torch, triton
+print('torch', torch.__version__, 'triton', triton.__version__, 'cuda', torch.version.cuda, 'gpu', torch.cuda.is_available())"
