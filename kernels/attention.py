@@ -165,17 +165,19 @@ def _attention_fwd_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     p = pack_bits(tl.zeros((BLOCK_M, BLOCK_N), q.dtype))
-    # Stages: 0 the last block, ahead of the pipeline; 1 blocks cut by the right edge; 2 uncut blocks; 3 blocks cut by the left edge.
+    last = tl.maximum(end - 1, begin) if OVERLAP else end
+    full_begin = tl.minimum(full_begin, last)
+    full_end = tl.minimum(full_end, last)
     for stage in tl.static_range(4):
-        if stage == 0:
-            first, stop = tl.maximum(end - 1, begin), end
-        elif stage == 1:
-            first, stop = full_end, end - 1 if OVERLAP else end
-        elif stage == 2:
-            first, stop = full_begin, tl.minimum(full_end, end - 1) if OVERLAP else full_end
-        else:
-            first, stop = begin, tl.minimum(full_begin, end - 1) if OVERLAP else full_begin
-        if (OVERLAP if stage == 0 else True) and (HAS_LEFT if stage == 3 else True) and (HAS_RIGHT or not OVERLAP if stage == 1 else True):
+        if stage == 0:  # the last block, ahead of the pipeline
+            first, stop = last, end
+        elif stage == 1:  # blocks cut by the right edge of the mask, or by the end
+            first, stop = full_end, last
+        elif stage == 2:  # uncut blocks
+            first, stop = full_begin, full_end
+        else:  # blocks cut by the left edge of the window
+            first, stop = begin, full_begin
+        if (stage != 0 or OVERLAP) and (stage != 1 or HAS_RIGHT or not OVERLAP) and (stage != 3 or HAS_LEFT):
             acc, row_max, row_sum, p = _attend_blocks(
                 acc, row_max, row_sum, p, q, k_source, v_source, first, stop, start_m, len_q, len_k, window_left, window_right,
                 stride_ks, stride_vs, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, batch * num_heads + head,

@@ -90,7 +90,6 @@ def scaled_dot_product_attention(
 
     # Fold everything to (B, H, S, D), the only rank that torch's CPU flash kernel and our kernels know.
     lead, heads = batch_shape[:-1], batch_shape[-1] if batch_shape else 1
-    out_shape = (*batch_shape, query.shape[-2], value.shape[-1])
     query = _fold(query, lead, heads)
     key = _fold(key, lead, key.shape[-3] if enable_gqa else heads)
     value = _fold(value, lead, value.shape[-3] if enable_gqa else heads)
@@ -118,7 +117,7 @@ def scaled_dot_product_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-        return out.reshape(out_shape)
+        return _unfold(out, batch_shape)
     out, _ = attend(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -128,7 +127,7 @@ def scaled_dot_product_attention(
         softmax_scale=scale,
         dropout_p=dropout_p,
     )
-    return out.transpose(1, 2).reshape(out_shape)
+    return _unfold(out.transpose(1, 2), batch_shape)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -157,17 +156,17 @@ def _check_types(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
 
 
 def _check_tensors(query, key, value, attn_mask) -> None:
+    device, dtype = query.device, query.dtype
     for arg, t in (("query", query), ("key", key), ("value", value)):
-        if t.device != query.device:
-            checks.reject(_OP, arg, f"be on query's device {query.device}", t.device, RuntimeError)
-        if t.dtype != query.dtype:
-            checks.reject(_OP, arg, f"have query's dtype {query.dtype}", t.dtype, RuntimeError)
+        if t.device != device:
+            checks.reject(_OP, arg, f"be on query's device {device}", t.device, RuntimeError)
+        if t.dtype != dtype:
+            checks.reject(_OP, arg, f"have query's dtype {dtype}", t.dtype, RuntimeError)
         if t.dim() < 2:
             checks.reject(_OP, arg, "have at least 2 dims", checks.shape(t), RuntimeError)
-    if query.dtype not in (*checks.FLOAT_DTYPES, torch.float64):
-        unknown = query.dtype.is_complex or query.dtype.is_floating_point
-        error = NotImplementedError if unknown else RuntimeError
-        checks.reject(_OP, "query", "be float16, bfloat16, float32 or float64", query.dtype, error)
+    if dtype not in checks.FLOAT_DTYPES and dtype != torch.float64:
+        error = NotImplementedError if dtype.is_complex or dtype.is_floating_point else RuntimeError
+        checks.reject(_OP, "query", "be float16, bfloat16, float32 or float64", dtype, error)
     if key.shape[-1] != query.shape[-1]:
         must = f"have shape (..., S_k, D) with D = {query.shape[-1]} to match query"
         checks.reject(_OP, "key", must, checks.shape(key), RuntimeError)
@@ -176,11 +175,11 @@ def _check_tensors(query, key, value, attn_mask) -> None:
         checks.reject(_OP, "value", must, checks.shape(value), RuntimeError)
     if attn_mask is None:
         return
-    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        must = f"be bool, float32 or of query's dtype {query.dtype}"
+    if attn_mask.dtype not in (torch.bool, torch.float32, dtype):
+        must = f"be bool, float32 or of query's dtype {dtype}"
         checks.reject(_OP, "attn_mask", must, attn_mask.dtype, RuntimeError)
-    if attn_mask.device != query.device:
-        checks.reject(_OP, "attn_mask", f"be on query's device {query.device}", attn_mask.device, RuntimeError)
+    if attn_mask.device != device:
+        checks.reject(_OP, "attn_mask", f"be on query's device {device}", attn_mask.device, RuntimeError)
     if attn_mask.dim() < 2 and query.dim() == 4:
         checks.reject(_OP, "attn_mask", "have at least 2 dims", checks.shape(attn_mask), IndexError)
 
@@ -264,6 +263,11 @@ def _fold(t: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
     return t.expand(*lead, heads, *t.shape[-2:]).reshape(math.prod(lead), heads, *t.shape[-2:])
 
 
+def _unfold(out: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
+    """(B, H, S, D) as (N..., H, S, D)."""
+    return out if len(batch_shape) == 2 else out.reshape(*batch_shape, *out.shape[-2:])
+
+
 def _fold_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
     """A mask broadcastable to (N..., H, S_q, S_k) as one broadcastable to (B, H, S_q, S_k), of 2 or 4 dims."""
     if attn_mask.dim() == 2 or (attn_mask.dim() == 4 and len(lead) == 1):
@@ -277,7 +281,7 @@ def _fold_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
 
 def _torch_computes(query, key, value, attn_mask, dropout_p, top_left: bool) -> bool:
     """Whether a CPU call goes to torch: where its flash kernel does this job, and for what our code does not take."""
-    if query.dtype == torch.float64 or 0 in (*query.shape, *key.shape, *value.shape):
+    if query.dtype == torch.float64 or 0 in (query.numel(), key.numel(), value.numel()):
         return True
     return (
         top_left
