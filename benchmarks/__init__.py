@@ -1,1 +1,4 @@
-"""The benchmark suite: `bench_<op>.py` for each op, over a few shared modules. Installed as `fastattn.benchmarks`; run by `fastattn bench`."""
+"""The benchmark suite: `bench_<op>.py` for each op, over a few shared modules; run by `fastattn bench`.
+
+Installed as `fastattn.benchmarks`.
+"""

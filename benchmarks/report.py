@@ -133,7 +133,9 @@ def _draw_panel(axes: Any, panel: dict[str, Any], first_column: bool, last_line:
             *zip(*points), label=name, color=COLOURS.get(name), marker="o", markersize=5 if ours else 3.5,
             linewidth=2.4 if ours else 1.4, zorder=3 if ours else 2,
         )  # fmt: skip
-    axes.axhline(panel["ceiling"], color="#bbbbbb", linestyle="--", linewidth=1, label="large matmul, same run", zorder=1)
+    axes.axhline(
+        panel["ceiling"], color="#bbbbbb", linestyle="--", linewidth=1, label="large matmul, same run", zorder=1
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{x // 1024}k" if x % 1024 == 0 else str(x) for x in ticks])
     axes.minorticks_off()

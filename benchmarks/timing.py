@@ -71,7 +71,7 @@ class Clock:
         Returns the measurements, and for each one that raised instead, what it said.
         """
         rounds, failures = {}, {}
-        warmup_calls = 1 if self._flush is None else 2  # on a GPU the first call may compile; the last one is the estimate
+        warmup_calls = 1 if self._flush is None else 2  # the last one is the estimate; on a GPU the first may compile
         for name, work in works.items():
             try:
                 for _ in range(warmup_calls):
@@ -113,9 +113,7 @@ def measure_ceilings(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     a, b = (torch.randn(n, n, device=clock.device).to(dtype) for _ in range(2))
     source = torch.randn((1 << 28) if on_gpu else (1 << 25), device=clock.device)
     target = torch.empty_like(source)
-    times, failures = clock.measure(
-        {"matmul": Work(lambda _: a @ b), "copy": Work(lambda _: target.copy_(source))}
-    )
+    times, failures = clock.measure({"matmul": Work(lambda _: a @ b), "copy": Work(lambda _: target.copy_(source))})
     if failures:
         raise RuntimeError(f"the ceilings could not be measured: {failures}")
     return {

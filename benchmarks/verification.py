@@ -164,7 +164,9 @@ def _draw(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> tu
         shapes["attn_bias"] = (1, heads, max_q, max_k)
     if case.sinks:
         shapes["sinks"] = (heads,)
-    inputs = {name: _randn(s, dtype, device, seed + 10 * i).requires_grad_() for i, (name, s) in enumerate(shapes.items())}
+    inputs = {
+        name: _randn(s, dtype, device, seed + 10 * i).requires_grad_() for i, (name, s) in enumerate(shapes.items())
+    }
     options: dict[str, Any] = {}
     if case.bias == "bool":
         options["attn_bias"] = _randn((len(lengths), 1, max_q, max_k), torch.float32, device, seed + 99) > -0.5

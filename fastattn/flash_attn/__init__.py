@@ -214,7 +214,7 @@ def _attention(q, k, v, options, return_attn_probs):
     if not return_attn_probs:
         return attention(q, k, v, **options)
     rng_state = None
-    if options["dropout_p"] > 0.0 and isinstance(q, Tensor):
+    if isinstance(q, Tensor) and options["dropout_p"]:  # any type: `attention` is yet to check it
         rng_state = torch.cuda.get_rng_state(q.device) if q.is_cuda else torch.get_rng_state()
     out, lse = attention(q, k, v, **options, return_lse=True)
     return out, lse, None if rng_state is None else _signed_probabilities(q, k, options, rng_state)
@@ -239,7 +239,9 @@ def _signed_probabilities(q, k, options, rng_state) -> Tensor:
         names = torch.eye(seqlen_k, dtype=q.dtype, device=q.device)[None, :, None].expand(batch, -1, kv_heads, -1)
         probabilities = reference.attention(q, k, names, **options).transpose(1, 2)
     else:
-        batch, seqlen_q, seqlen_k = cu_seqlens_k.shape[0] - 1, options["max_seqlen_q"], options["max_seqlen_k"]
+        bounds = (options["max_seqlen_q"], q.shape[0]), (options["max_seqlen_k"], k.shape[0])
+        batch = cu_seqlens_k.shape[0] - 1
+        seqlen_q, seqlen_k = (total if bound is None else bound for bound, total in bounds)
         tokens, _, columns = _positions(cu_seqlens_k, k.shape[0])
         names = q.new_zeros(k.shape[0], 1, seqlen_k)
         names[tokens, 0, columns] = 1.0

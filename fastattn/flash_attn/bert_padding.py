@@ -47,6 +47,6 @@ def unpad_input(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """Undo `unpad_input`: the rows of `hidden_states` (T, ...) at `indices` (T,) of a (batch, seqlen, ...) tensor of zeros. Differentiable."""
+    """Undo `unpad_input`: zeros (batch, seqlen, ...) with the rows of `hidden_states` (T, ...) at `indices` (T,). Differentiable."""
     padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
     return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))

@@ -230,7 +230,8 @@ def _check_kernel_limits(query, value) -> None:
 def _is_causal_bias(attn_mask) -> bool:
     if attn_mask is None or type(attn_mask) is Tensor:
         return False
-    from torch.nn.attention.bias import CausalBias  # here: it imports torch._dynamo, a second of every `import fastattn`
+    # Imported here because that module imports torch._dynamo, which would add a second to every `import fastattn`.
+    from torch.nn.attention.bias import CausalBias
 
     return isinstance(attn_mask, CausalBias)
 
@@ -250,7 +251,7 @@ def _window_right(causal_bias, seqlen_q: int, seqlen_k: int) -> int:
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What torch's autocast rule for this op does: every tensor to the region's dtype, float64 excepted."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # asking about meta raises
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in checks.FLOAT_DTYPES else t for t in tensors)

@@ -73,7 +73,12 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def instructions(cubin: bytes) -> list[Instruction]:
     """The instructions of a cubin's one kernel, in address order."""
-    return parse(_tool("nvdisasm", cubin, "-c"))
+    return parse(disassemble(cubin))
+
+
+def disassemble(cubin: bytes) -> str:
+    """The listing that `parse` reads."""
+    return _tool("nvdisasm", cubin, "-c")
 
 
 def parse(listing: str) -> list[Instruction]:
