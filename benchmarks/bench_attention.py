@@ -351,10 +351,9 @@ def _print_remarks(result: dict[str, Any]) -> None:
     )
     for row in result["rows"]:
         if not row["verified"]:
-            wrong = {
-                n: f"error {c['error']:.1e} over {c['budget']:.1e}" for n, c in row["checks"].items() if not c["passed"]
-            }
-            print(f"WRONG, so without numbers: {row['id']}: {row.get('error') or wrong}")
+            failed = {n: c for n, c in row["checks"].items() if not c["passed"]}
+            over = [f"{n} error {c['error']:.1e}, budget {c['budget']:.1e}" for n, c in failed.items()]
+            print(f"WRONG, so without numbers: {row['id']}: {row.get('error') or '; '.join(over)}")
     for name, reason in result["absent"].items():
         print(f"absent: {name} ({reason})")
     left_out: dict[tuple[str, str], list[str]] = {}

@@ -42,17 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     add("info", _info, "versions, devices, and which code runs on them")
     verify = add("verify", _verify, "check attention's options, outputs and gradients, against the float64 reference")
     verify.add_argument("--device", default=None, help="cuda where there is one, else cpu; or name it")
-    verify.add_argument(
-        "--dtype", choices=bench_attention.DTYPES, nargs="+", default=None, help="default: all on cuda, fp32 on cpu"
-    )
+    dtypes = bench_attention.DTYPES
+    verify.add_argument("--dtype", choices=dtypes, nargs="+", default=None, help="default: all on cuda, fp32 on cpu")
     verify.add_argument("--only", metavar="REGEX", default="", help="cases to run, by name")
     warmup = add("warmup", _warmup, "compile attention's usual variants ahead of their first use")
     warmup.add_argument("--device", default=None, help="cuda where there is one, else cpu; or name it")
-    add(
-        "cards",
-        None,
-        "compile the tile table for every part and record what the compiler made of it (--check: compare)",
-    )
+    add("cards", None, "compile every row of the tile table and record what came out (--check: compare)")
     add("dump", None, "write the compiler's stages of an op's kernels, for any part")
     return parser
 
@@ -158,7 +153,6 @@ def _warmup(options: argparse.Namespace) -> int:
             fastattn.attention(q, k, v, causal=causal, **lengths).sum().backward()
         torch.cuda.synchronize(device)
         mask = "causal" if causal else "full"
-        print(
-            f"{str(dtype).removeprefix('torch.')} D{head_dim} {mask}: {time.perf_counter() - start:.1f} s", flush=True
-        )
+        seconds = time.perf_counter() - start
+        print(f"{str(dtype).removeprefix('torch.')} D{head_dim} {mask}: {seconds:.1f} s", flush=True)
     return 0

@@ -79,8 +79,9 @@ def slope_of(slopes_ptr, batch, head, stride_slopes_b):
 
 @triton.jit
 def _attend_blocks(
-    acc, row_max, row_sum, p, q, k_source, v_source, first, stop, is_cut, start_m, seqlen_q, seqlen_k, window_left, window_right,
-    stride_ks, stride_vs, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream, dropout_threshold,
+    acc, row_max, row_sum, p, q, k_source, v_source, kv_head, first, stop, is_cut, start_m, seqlen_q, seqlen_k, window_left, window_right,
+    stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream,
+    dropout_threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD_SCALE: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     OVERLAP: tl.constexpr, MASKED: tl.constexpr, PROLOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -91,10 +92,12 @@ def _attend_blocks(
     for step in tl.range(first, stop, num_stages=1 if PROLOGUE else None):
         start_n = (first + stop - 1 - step) * BLOCK_N
         j = start_n + tl.arange(0, BLOCK_N)[None, :]
-        k = load_tile(k_source, start_n, seqlen_k, stride_ks, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
+        k = load_tile(k_source, kv_head, start_n, seqlen_k, stride_ks, stride_kh, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
         s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if OVERLAP and not PROLOGUE:
-            v = load_tile(v_source, start_n + BLOCK_N, seqlen_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
+            v = load_tile(
+                v_source, kv_head, start_n + BLOCK_N, seqlen_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True
+            )
             acc = dot(unpack_bits(p, v.dtype), v, acc, PRECISION)
         if not FOLD_SCALE:
             s, _ = score(
@@ -117,7 +120,9 @@ def _attend_blocks(
             weights = tl.where(keep, weights, 0.0)
         p = pack_bits(cast(weights, q.dtype))
         if not OVERLAP:
-            v = load_tile(v_source, start_n, seqlen_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, MASKED)
+            v = load_tile(
+                v_source, kv_head, start_n, seqlen_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, MASKED
+            )
             acc = dot(unpack_bits(p, v.dtype), v, acc, PRECISION)
     return acc, row_max, row_sum, p
 
@@ -148,17 +153,22 @@ def _attention_fwd_kernel(
     if start_m >= len_q:
         return
 
-    row_q = batch.to(tl.int64) * stride_qb + start_q.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
-    row_k = batch.to(tl.int64) * stride_kb + start_k.to(tl.int64) * stride_ks + (head // GROUP_SIZE).to(tl.int64) * stride_kh
-    row_v = batch.to(tl.int64) * stride_vb + start_k.to(tl.int64) * stride_vs + (head // GROUP_SIZE).to(tl.int64) * stride_vh
-    q_source = tile_source(q_ptr + row_q, len_q, stride_qs, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA)
-    k_source = tile_source(k_ptr + row_k, len_k, stride_ks, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-    v_source = tile_source(v_ptr + row_v, len_k, stride_vs, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA)
+    num_kv_heads = num_heads // GROUP_SIZE
+    kv_head = head // GROUP_SIZE
+    q_source = tile_source(
+        q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA
+    )
+    k_source = tile_source(
+        k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
+    )
+    v_source = tile_source(
+        v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA
+    )
     bias_base = bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h)
     slope = slope_of(slopes_ptr, batch, head, stride_slopes_b)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
 
-    q = load_tile(q_source, start_m, len_q, stride_qs, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, True)
+    q = load_tile(q_source, head, start_m, len_q, stride_qs, stride_qh, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, True)
     begin, full_begin, full_end, end = visible_blocks(
         start_m, len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
@@ -181,13 +191,15 @@ def _attention_fwd_kernel(
             first, stop = begin, full_begin
         if (stage != 0 or OVERLAP) and (stage != 1 or HAS_RIGHT or not OVERLAP) and (stage != 3 or HAS_LEFT):
             acc, row_max, row_sum, p = _attend_blocks(
-                acc, row_max, row_sum, p, q, k_source, v_source, first, stop, last_is_cut if stage == 0 else True, start_m, len_q, len_k, window_left, window_right,
-                stride_ks, stride_vs, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, batch * num_heads + head,
-                dropout_threshold, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT, FOLD_SCALE, PRECISION,
+                acc, row_max, row_sum, p, q, k_source, v_source, kv_head, first, stop, last_is_cut if stage == 0 else True, start_m, len_q, len_k,
+                window_left, window_right, stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale,
+                softcap, seed, batch * num_heads + head, dropout_threshold, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT, FOLD_SCALE, PRECISION,
                 USE_TMA, OVERLAP, stage != 2, stage == 0, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     if OVERLAP:
-        v = load_tile(v_source, begin * BLOCK_N, len_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
+        v = load_tile(
+            v_source, kv_head, begin * BLOCK_N, len_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True
+        )
         acc = dot(unpack_bits(p, v.dtype), v, acc, PRECISION)
 
     row_max = row_max * (qk_scale if FOLD_SCALE else 1.0)

@@ -91,8 +91,8 @@ def score_gradient(p, dp, delta, capped, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _gather_queries(
-    dk, dv, k, v, q_source, dout_source, lse2_base, delta_base, first, stop, start_n, seqlen_q, seqlen_k, window_left, window_right,
-    stride_qs, stride_dos, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream, dropout_threshold,
+    dk, dv, k, v, q_source, dout_source, head, lse2_base, delta_base, first, stop, start_n, seqlen_q, seqlen_k, window_left,
+    window_right, stride_qs, stride_qh, stride_dos, stride_doh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream, dropout_threshold,
     dropout_scale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -104,8 +104,10 @@ def _gather_queries(
         start_m = block * BLOCK_M
         rows = start_m + tl.arange(0, BLOCK_M)
         i = rows[None, :]
-        q = load_tile(q_source, start_m, seqlen_q, stride_qs, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, MASKED)
-        dout = load_tile(dout_source, start_m, seqlen_q, stride_dos, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, MASKED)
+        q = load_tile(q_source, head, start_m, seqlen_q, stride_qs, stride_qh, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, MASKED)
+        dout = load_tile(
+            dout_source, head, start_m, seqlen_q, stride_dos, stride_doh, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, MASKED
+        )
         lse2 = tl.load(lse2_base + rows, mask=rows < seqlen_q, other=float("inf"))[None, :]
         qk = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         p, capped = probabilities(
@@ -157,14 +159,22 @@ def _attention_bwd_dkdv_kernel(
     if start_n >= len_k:
         return
 
-    k_row = batch.to(tl.int64) * stride_kb + start_k.to(tl.int64) * stride_ks + kv_head.to(tl.int64) * stride_kh
-    v_row = batch.to(tl.int64) * stride_vb + start_k.to(tl.int64) * stride_vs + kv_head.to(tl.int64) * stride_vh
-    k_source = tile_source(k_ptr + k_row, len_k, stride_ks, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-    k = load_tile(k_source, start_n, len_k, stride_ks, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, True)
+    q_source = tile_source(
+        q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA
+    )
+    dout_source = tile_source(
+        dout_ptr, batch, start_q, num_heads, len_q, stride_dob, stride_dos, stride_doh, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA
+    )
+    k_source = tile_source(
+        k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
+    )
+    k = load_tile(k_source, kv_head, start_n, len_k, stride_ks, stride_kh, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, True)
     v = k
     if WANT_DK:
-        v_source = tile_source(v_ptr + v_row, len_k, stride_vs, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA)
-        v = load_tile(v_source, start_n, len_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
+        v_source = tile_source(
+            v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA
+        )
+        v = load_tile(v_source, kv_head, start_n, len_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     # The queries that see these keys: the same geometry, transposed.
@@ -173,10 +183,6 @@ def _attention_bwd_dkdv_kernel(
     )
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     for head in tl.range(kv_head * GROUP_SIZE, (kv_head + 1) * GROUP_SIZE):
-        q_row = batch.to(tl.int64) * stride_qb + start_q.to(tl.int64) * stride_qs + tl.cast(head, tl.int64) * stride_qh
-        dout_row = batch.to(tl.int64) * stride_dob + start_q.to(tl.int64) * stride_dos + tl.cast(head, tl.int64) * stride_doh
-        q_source = tile_source(q_ptr + q_row, len_q, stride_qs, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA)
-        dout_source = tile_source(dout_ptr + dout_row, len_q, stride_dos, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA)
         lse2_base = row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
         delta_base = row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
         bias_base = bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h)
@@ -190,9 +196,9 @@ def _attention_bwd_dkdv_kernel(
                 first, stop = full_end, end
             if HAS_RIGHT if stage == 0 else True:
                 dk, dv = _gather_queries(
-                    dk, dv, k, v, q_source, dout_source, lse2_base, delta_base, first, stop, start_n, len_q, len_k, window_left,
-                    window_right, stride_qs, stride_dos, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed,
-                    batch * num_heads + head, dropout_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES,
+                    dk, dv, k, v, q_source, dout_source, head, lse2_base, delta_base, first, stop, start_n, len_q, len_k, window_left,
+                    window_right, stride_qs, stride_qh, stride_dos, stride_doh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale,
+                    softcap, seed, batch * num_heads + head, dropout_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES,
                     HAS_SOFTCAP, HAS_DROPOUT, PRECISION, USE_TMA, WANT_DK, WANT_DV, stage != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
 
@@ -205,8 +211,8 @@ def _attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _gather_keys(
-    dq, p_dp, q, dout, lse2, delta, k_source, v_source, first, stop, start_m, seqlen_q, seqlen_k, window_left, window_right, stride_ks, stride_vs,
-    bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream, dropout_threshold, dropout_scale,
+    dq, p_dp, q, dout, lse2, delta, k_source, v_source, kv_head, first, stop, start_m, seqlen_q, seqlen_k, window_left, window_right,
+    stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream, dropout_threshold, dropout_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, WANT_P_DP: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -216,8 +222,8 @@ def _gather_keys(
     for block in tl.range(first, stop):
         start_n = block * BLOCK_N
         j = start_n + tl.arange(0, BLOCK_N)[None, :]
-        k = load_tile(k_source, start_n, seqlen_k, stride_ks, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
-        v = load_tile(v_source, start_n, seqlen_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, MASKED)
+        k = load_tile(k_source, kv_head, start_n, seqlen_k, stride_ks, stride_kh, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, MASKED)
+        v = load_tile(v_source, kv_head, start_n, seqlen_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, MASKED)
         qk = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         p, capped = probabilities(
@@ -258,16 +264,22 @@ def _attention_bwd_dq_kernel(
     if start_m >= len_q:
         return
 
-    q_row = batch.to(tl.int64) * stride_qb + start_q.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
-    dout_row = batch.to(tl.int64) * stride_dob + start_q.to(tl.int64) * stride_dos + head.to(tl.int64) * stride_doh
-    k_row = batch.to(tl.int64) * stride_kb + start_k.to(tl.int64) * stride_ks + (head // GROUP_SIZE).to(tl.int64) * stride_kh
-    v_row = batch.to(tl.int64) * stride_vb + start_k.to(tl.int64) * stride_vs + (head // GROUP_SIZE).to(tl.int64) * stride_vh
-    q_source = tile_source(q_ptr + q_row, len_q, stride_qs, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA)
-    dout_source = tile_source(dout_ptr + dout_row, len_q, stride_dos, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA)
-    k_source = tile_source(k_ptr + k_row, len_k, stride_ks, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-    v_source = tile_source(v_ptr + v_row, len_k, stride_vs, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA)
-    q = load_tile(q_source, start_m, len_q, stride_qs, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, True)
-    dout = load_tile(dout_source, start_m, len_q, stride_dos, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, True)
+    num_kv_heads = num_heads // GROUP_SIZE
+    kv_head = head // GROUP_SIZE
+    q_source = tile_source(
+        q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA
+    )
+    dout_source = tile_source(
+        dout_ptr, batch, start_q, num_heads, len_q, stride_dob, stride_dos, stride_doh, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA
+    )
+    k_source = tile_source(
+        k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
+    )
+    v_source = tile_source(
+        v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA
+    )
+    q = load_tile(q_source, head, start_m, len_q, stride_qs, stride_qh, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, True)
+    dout = load_tile(dout_source, head, start_m, len_q, stride_dos, stride_doh, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, True)
     rows = start_m + tl.arange(0, BLOCK_M)
     lse2_base = row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
     delta_base = row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
@@ -290,8 +302,8 @@ def _attention_bwd_dq_kernel(
             first, stop = full_end, end
         if HAS_LEFT if stage == 0 else True:
             dq, p_dp = _gather_keys(
-                dq, p_dp, q, dout, lse2, delta, k_source, v_source, first, stop, start_m, len_q, len_k, window_left, window_right, stride_ks,
-                stride_vs, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, batch * num_heads + head,
+                dq, p_dp, q, dout, lse2, delta, k_source, v_source, kv_head, first, stop, start_m, len_q, len_k, window_left, window_right,
+                stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, batch * num_heads + head,
                 dropout_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT,
                 p_dp_ptr is not None, PRECISION, USE_TMA, stage != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
@@ -343,20 +355,26 @@ def _attention_bwd_dbias_kernel(
         start_q, len_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, total_q)
         start_k, len_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, total_k)
         if (start_m < len_q) & (start_n < len_k):
-            q_row = tl.cast(batch, tl.int64) * stride_qb + tl.cast(start_q, tl.int64) * stride_qs + tl.cast(head, tl.int64) * stride_qh
-            dout_row = tl.cast(batch, tl.int64) * stride_dob + tl.cast(start_q, tl.int64) * stride_dos + tl.cast(head, tl.int64) * stride_doh
-            kv_head = tl.cast(head // GROUP_SIZE, tl.int64)
-            k_row = tl.cast(batch, tl.int64) * stride_kb + tl.cast(start_k, tl.int64) * stride_ks + kv_head * stride_kh
-            v_row = tl.cast(batch, tl.int64) * stride_vb + tl.cast(start_k, tl.int64) * stride_vs + kv_head * stride_vh
-            q_source = tile_source(q_ptr + q_row, len_q, stride_qs, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA)
-            dout_source = tile_source(dout_ptr + dout_row, len_q, stride_dos, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA)
-            k_source = tile_source(k_ptr + k_row, len_k, stride_ks, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-            v_source = tile_source(v_ptr + v_row, len_k, stride_vs, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA)
-            q = load_tile(q_source, start_m, len_q, stride_qs, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, True)
-            k = load_tile(k_source, start_n, len_k, stride_ks, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, True)
+            num_kv_heads = num_heads // GROUP_SIZE
+            kv_head = head // GROUP_SIZE
+            q_source = tile_source(
+                q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA
+            )
+            k_source = tile_source(
+                k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
+            )
+            q = load_tile(q_source, head, start_m, len_q, stride_qs, stride_qh, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, True)
+            k = load_tile(k_source, kv_head, start_n, len_k, stride_ks, stride_kh, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, True)
             qk = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-            dout = load_tile(dout_source, start_m, len_q, stride_dos, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, True)
-            v = load_tile(v_source, start_n, len_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
+            dout_source = tile_source(
+                dout_ptr, batch, start_q, num_heads, len_q, stride_dob, stride_dos, stride_doh, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV,
+                USE_TMA,
+            )  # fmt: skip
+            v_source = tile_source(
+                v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA
+            )
+            dout = load_tile(dout_source, head, start_m, len_q, stride_dos, stride_doh, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, True)
+            v = load_tile(v_source, kv_head, start_n, len_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
             dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             rows = start_m + tl.arange(0, BLOCK_M)
             lse2_base = row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)

@@ -39,16 +39,18 @@ def target_of(tensor: torch.Tensor) -> Target:
 
 
 def tma_compatible(tensor: torch.Tensor) -> bool:
-    """True where a 2-d TMA descriptor can be made over (rows, last dim) at any index of the other dims: 16-byte aligned base, every stride
-    but the last a positive multiple of 16 bytes (or the dim has one entry), last stride 1, no empty dim, last dim of at most 256."""
+    """True where a TMA descriptor can be made over (heads, rows, cols) of a (…, rows, heads, cols) tensor from any row of any batch: 16-byte
+    aligned starts, strides of rows and heads that are positive multiples of 16 bytes, contiguous cols of which there are at most 256,
+    nothing empty."""
     itemsize = tensor.element_size()
-    *outer, last = zip(tensor.shape, tensor.stride(), strict=True)
+    *batch, row, head, col = zip(tensor.shape, tensor.stride(), strict=True)
     return (
-        tensor.data_ptr() % 16 == 0
-        and tensor.numel() > 0
-        and (last[1] == 1 or last[0] == 1)
-        and last[0] <= 256
-        and all(size == 1 or (stride > 0 and stride * itemsize % 16 == 0) for size, stride in outer)
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and col[0] <= 256
+        and (col[1] == 1 or col[0] == 1)
+        and all(stride > 0 and stride * itemsize % 16 == 0 for _, stride in (row, head))
+        and all(size == 1 or stride * itemsize % 16 == 0 for size, stride in batch)
     )
 
 

@@ -67,13 +67,19 @@ def tanh(x):
 
 @triton.jit
 def tile_source(
-    base, num_rows, stride_row, stride_col, NUM_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, USE_TMA: tl.constexpr
-):
-    """Where (BLOCK_ROWS, BLOCK_COLS) tiles of a (num_rows, NUM_COLS) matrix are read from: a TMA descriptor, or the pointers of the
-    tile at row 0, with 64-bit offsets computed once."""
+    ptr, batch, start, num_heads, num_rows, stride_batch, stride_row, stride_head, stride_col, NUM_COLS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """Where `load_tile` reads (BLOCK_ROWS, BLOCK_COLS) tiles of one sequence, num_rows rows from row `start` of `batch`, for any head.
+
+    A TMA descriptor over (heads, rows, cols), or the pointers of the tile at head 0 and row 0: either way made once, outside all loops.
+    """
+    base = ptr + tl.cast(batch, tl.int64) * stride_batch + tl.cast(start, tl.int64) * stride_row
     if USE_TMA:
-        rows = tl.maximum(num_rows, 1)  # a descriptor's sizes must be positive; an empty matrix is never read
-        return tl.make_tensor_descriptor(base, [rows, NUM_COLS], [stride_row, 1], [BLOCK_ROWS, BLOCK_COLS])
+        rows = tl.maximum(num_rows, 1)  # a descriptor's sizes must be positive; an empty sequence is never read
+        return tl.make_tensor_descriptor(
+            base, [num_heads, rows, NUM_COLS], [stride_head, stride_row, 1], [1, BLOCK_ROWS, BLOCK_COLS]
+        )
     else:
         rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None] * stride_row
         return base + rows + tl.arange(0, BLOCK_COLS)[None, :] * stride_col
@@ -81,14 +87,14 @@ def tile_source(
 
 @triton.jit
 def load_tile(
-    source, row, num_rows, stride_row, NUM_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, USE_TMA: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
-):
-    """Rows row … row + BLOCK_ROWS of a `tile_source`, zero outside the matrix. CHECK_ROWS=False promises that no row is outside."""
+    source, head, row, num_rows, stride_row, stride_head, NUM_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    USE_TMA: tl.constexpr, CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows row … row + BLOCK_ROWS of one head of a `tile_source`, zero outside. CHECK_ROWS=False promises that no row is outside."""
     if USE_TMA:
-        return source.load([row, 0])
+        return source.load([head, row, 0]).reshape(BLOCK_ROWS, BLOCK_COLS)
     else:
-        pointers = source + tl.cast(row, tl.int64) * stride_row
+        pointers = source + tl.cast(head, tl.int64) * stride_head + tl.cast(row, tl.int64) * stride_row
         in_cols = tl.arange(0, BLOCK_COLS)[None, :] < NUM_COLS
         if CHECK_ROWS:
             return tl.load(pointers, mask=in_cols & (row + tl.arange(0, BLOCK_ROWS)[:, None] < num_rows), other=0.0)

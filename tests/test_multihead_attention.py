@@ -196,6 +196,15 @@ def test_autocast(need_weights):
     torch.testing.assert_close(out, expected, rtol=5e-2, atol=5e-2)
 
 
+def test_compile_fullgraph():
+    ours, *_ = pair(batch_first=True)
+    query, padding = torch.randn(B, S_Q, E), masks_for("batch", S_Q, None, "bool")[1]
+    for need_weights in (False, True):
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        found, expected = (m(query, query, query, padding, need_weights)[0] for m in (compiled, ours))
+        torch.testing.assert_close(found, expected)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Where it departs from torch
 

@@ -107,7 +107,11 @@ def test_prefill_in_chunks_then_decode_with_a_cache(name, padded):
     parts, start = [], 0
     with torch.no_grad():
         for stop in (9, 16, 17, 18, 24):
-            seen = {} if mask is None else {"attention_mask": mask[:, :stop], "position_ids": positions(mask)[:, start:stop]}
+            seen = (
+                {}
+                if mask is None
+                else {"attention_mask": mask[:, :stop], "position_ids": positions(mask)[:, start:stop]}
+            )
             parts.append(model(tokens()[:, start:stop], past_key_values=cache, use_cache=True, **seen).logits)
             start = stop
     if mask is not None:
@@ -189,7 +193,9 @@ def test_position_bias_is_added_to_either_kind_of_mask():
     ):
         out, weights = on_transformers.attention_forward(module, q, k, v, mask, scaling=1.0, position_bias=bias)
         assert weights is None
-        torch.testing.assert_close(out, reference.attention(*heads_last, softmax_scale=1.0, **options), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            out, reference.attention(*heads_last, softmax_scale=1.0, **options), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "left_padding"])

@@ -146,26 +146,28 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options):
+    def forward(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options, lse_used):
         return torch.ops.fastattn.attention_fwd(
             q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, options = inputs
+        *tensors, options, lse_used = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
-        ctx.options = options
+        ctx.options, ctx.lse_used = options, lse_used
 
     @staticmethod
     def backward(ctx, dout, dlse):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
+        if not ctx.lse_used:  # None in eager mode anyway, but a compiled graph brings zeros
+            dlse = None
         bias_grad, sinks_grad = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
         dq, dk, dv, dbias, dsinks = _AttentionBackward.apply(dout, dlse, *tensors, out, lse, ctx.options, bias_grad)
-        return dq, dk, dv, dbias if bias_grad else None, None, dsinks if sinks_grad else None, None, None, None, None
+        return dq, dk, dv, dbias if bias_grad else None, None, dsinks if sinks_grad else None, *[None] * 5
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -225,11 +227,12 @@ def attend(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    lse_used: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`attention` below its checks, for the faces with other conventions: (out, lse).
 
     Row i sees key j iff i + S_k − S_q − window_left ≤ j ≤ i + S_k − S_q + window_right; None is unbounded, negative is allowed (torch's
-    top-left causal mask is window_right = S_q − S_k).
+    top-left causal mask is window_right = S_q − S_k). lse_used=False promises that no gradient of lse will come: the backward is cheaper.
     """
     inputs = (q, k, v, attn_bias, alibi_slopes, sinks)
     if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
@@ -256,7 +259,7 @@ def attend(
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = draw_seed(q.device)
     return _Attention.apply(
-        q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options
+        q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options, lse_used
     )
 
 
@@ -429,5 +432,6 @@ def attention(
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
+        lse_used=return_lse,
     )
     return (out, lse) if return_lse else out

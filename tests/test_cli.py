@@ -1,0 +1,109 @@
+"""The `fastattn` command, apart from `bench` (test_bench.py)."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.cli import main
+
+
+def test_info_names_versions_and_the_code_that_runs(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"fastattn      {fastattn.__version__}" in printed
+    assert torch.__version__ in printed
+    assert "torch code" in printed
+    assert "naive, SDPA" in printed
+
+
+def test_verify_passes_on_every_option(capsys):
+    assert main(["verify", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for case in (
+        "causal",
+        "window",
+        "softcap",
+        "ALiBi",
+        "bool bias",
+        "float bias",
+        "sinks",
+        "GQA",
+        "varlen",
+        "dropout",
+    ):
+        assert case in printed
+    assert "22 of 22 cases within the error budget" in printed
+
+
+def test_verify_in_half_precision(capsys):
+    assert main(["verify", "--device", "cpu", "--dtype", "bf16", "fp16", "--only", "^(plain|causal|everything)$"]) == 0
+    assert "6 of 6 cases" in capsys.readouterr().out
+
+
+def test_verify_is_red_on_a_wrong_answer(capsys, monkeypatch):
+    right = fastattn.attention
+
+    def wrong(*args, **kwargs):
+        out, lse = right(*args, **kwargs)
+        return out, lse + 1e-3
+
+    monkeypatch.setattr(fastattn, "attention", wrong)
+    assert main(["verify", "--device", "cpu", "--only", "^plain$"]) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG: lse" in printed
+    assert "0 of 1 cases" in printed
+
+
+def test_verify_goes_on_after_an_exception(capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("attention: no")
+
+    monkeypatch.setattr(fastattn, "attention", broken)
+    assert main(["verify", "--device", "cpu", "--only", "^(plain|dropout)$"]) == 1
+    printed = capsys.readouterr().out
+    assert "ValueError: attention: no" in printed
+    assert "1 of 2 cases" in printed
+
+
+def test_verify_only_must_match():
+    with pytest.raises(SystemExit, match="--only must match a case: plain"):
+        main(["verify", "--only", "no such case"])
+
+
+def test_warmup_has_nothing_to_do_on_a_cpu(capsys):
+    assert main(["warmup", "--device", "cpu"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_warmup_compiles_on_a_gpu(capsys):
+    assert main(["warmup"]) == 0
+    assert "bfloat16 D128 causal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["cards", "dump"])
+def test_compiler_commands_take_their_own_arguments(command, monkeypatch):
+    received = []
+    module = types.SimpleNamespace(main=received.append)
+    monkeypatch.setitem(sys.modules, f"fastattn.testing.{command}", module)
+    assert main([command, "--check", "x"]) == 0
+    assert received == [["--check", "x"]]
+
+
+def test_bad_arguments_exit_with_2(capsys):
+    for arguments in ([], ["no-such-command"], ["bench", "--dtype", "int8"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "invalid choice: 'int8'" in capsys.readouterr().err
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "fastattn", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for command in ("bench", "info", "verify", "warmup", "cards"):
+        assert command in done.stdout
