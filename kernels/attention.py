@@ -60,15 +60,6 @@ def score(
 
 
 @triton.jit
-def bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h):
-    """The (S_q, S_k) bias of one head, or None."""
-    if bias_ptr is None:
-        return None
-    else:
-        return bias_ptr + tl.cast(batch, tl.int64) * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
-
-
-@triton.jit
 def slope_of(slopes_ptr, batch, head, stride_slopes_b):
     """One head's ALiBi slope in log2 units, or 0."""
     if slopes_ptr is None:
@@ -164,7 +155,9 @@ def _attention_fwd_kernel(
     v_source = tile_source(
         v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA
     )
-    bias_base = bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h)
+    bias_base = bias_ptr
+    if bias_ptr is not None:
+        bias_base += tl.cast(batch, tl.int64) * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
     slope = slope_of(slopes_ptr, batch, head, stride_slopes_b)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import LENGTHS, Problem, bias_of, check_grid, score, slope_of, tiling
+from .attention import LENGTHS, Problem, check_grid, score, slope_of, tiling
 from .blocks import sequence, visible, visible_blocks
 from .launch import launch
 from .primitives import LOG2E, cast, dot, dropout_keep, load_tile, store_tile, tile_source
@@ -185,7 +185,9 @@ def _attention_bwd_dkdv_kernel(
     for head in tl.range(kv_head * GROUP_SIZE, (kv_head + 1) * GROUP_SIZE):
         lse2_base = row_base(lse2_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
         delta_base = row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
-        bias_base = bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h)
+        bias_base = bias_ptr
+        if bias_ptr is not None:
+            bias_base += tl.cast(batch, tl.int64) * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
         slope = slope_of(slopes_ptr, batch, head, stride_slopes_b)
         for stage in tl.static_range(3):  # blocks cut by the causal edge, uncut blocks, blocks cut by the window or the end
             if stage == 0:
@@ -285,7 +287,9 @@ def _attention_bwd_dq_kernel(
     delta_base = row_base(delta_ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED)
     lse2 = tl.load(lse2_base + rows, mask=rows < len_q, other=float("inf"))[:, None]
     delta = tl.load(delta_base + rows, mask=rows < len_q, other=0.0)[:, None]
-    bias_base = bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h)
+    bias_base = bias_ptr
+    if bias_ptr is not None:
+        bias_base += tl.cast(batch, tl.int64) * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
     slope = slope_of(slopes_ptr, batch, head, stride_slopes_b)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     begin, full_begin, full_end, end = visible_blocks(
@@ -382,9 +386,11 @@ def _attention_bwd_dbias_kernel(
             lse2 = tl.load(lse2_base + rows, mask=rows < len_q, other=float("inf"))[:, None]
             delta = tl.load(delta_base + rows, mask=rows < len_q, other=0.0)[:, None]
             j = start_n + tl.arange(0, BLOCK_N)[None, :]
+            bias_base = bias_ptr
+            if bias_ptr is not None:
+                bias_base += tl.cast(batch, tl.int64) * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
             p, capped = probabilities(
-                qk, lse2, rows[:, None], j, len_q, len_k, window_left, window_right,
-                bias_of(bias_ptr, batch, head, stride_bias_b, stride_bias_h), stride_bias_m, stride_bias_n,
+                qk, lse2, rows[:, None], j, len_q, len_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n,
                 slope_of(slopes_ptr, batch, head, stride_slopes_b), qk_scale, softcap, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, True,
             )  # fmt: skip
             if HAS_DROPOUT:

@@ -49,6 +49,13 @@ def layout(t: torch.Tensor) -> tuple:
     return tuple(t.shape), t.stride(), t.dtype
 
 
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Registration: schema, fake implementation, strides.
 
@@ -95,20 +102,23 @@ def test_opcheck_backward(case, dlse):
     torch.library.opcheck(torch.ops.fastattn.attention_bwd.default, backward_arguments(case, dlse))
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_fake_and_real_outputs_have_the_same_layout(direction, case):
+def assert_fake_layout(direction: str, case: str) -> None:
+    """The fake implementation's outputs have the shapes, strides and dtypes of the real one's: inductor counts on it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if direction == "forward":
-        op, arguments = torch.ops.fastattn.attention_fwd, operator_arguments(case)
-    else:
-        op, arguments = torch.ops.fastattn.attention_bwd, backward_arguments(case)
+    op = torch.ops.fastattn.attention_fwd if direction == "forward" else torch.ops.fastattn.attention_bwd
+    arguments = operator_arguments(case) if direction == "forward" else backward_arguments(case)
     real = op(*arguments)
     with FakeTensorMode() as mode:
         fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
     assert [layout(t) for t in fake] == [layout(t) for t in real]
     assert all(t.is_contiguous() for t in real)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_fake_and_real_outputs_have_the_same_layout(direction, case):
+    assert_fake_layout(direction, case)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -219,6 +229,22 @@ def test_only_the_gradient_that_was_asked_for(which):
     torch.testing.assert_close(arguments[which].grad, everything[which].grad)
 
 
+def assert_gradients_in_their_own_dtypes() -> None:
+    """q, k, v in bfloat16, a float32 bias and float16 sinks: each gradient comes in its tensor's dtype and shape."""
+    tensors = learnt(*dense_inputs(dtype=torch.bfloat16), torch.randn(4, 1, 7), torch.randn(4, dtype=torch.float16))
+    *_, bias, sinks = tensors
+    fastattn.attention(*tensors[:3], attn_bias=bias, sinks=sinks).square().sum().backward()
+    assert [layout(t.grad) for t in tensors] == [layout(t) for t in tensors]
+    exact = learnt(*(t.float() for t in tensors))
+    fastattn.reference.attention(*exact[:3], attn_bias=exact[3], sinks=exact[4]).square().sum().backward()
+    for t, like in zip(tensors, exact, strict=True):
+        torch.testing.assert_close(t.grad.float(), like.grad, atol=0.05, rtol=0.05)
+
+
+def test_gradients_come_in_their_own_dtypes():
+    assert_gradients_in_their_own_dtypes()
+
+
 def test_backward_twice_gives_the_same():
     tensors = learnt(*dense_inputs())
     loss = fastattn.attention(*tensors, causal=True).square().sum()
@@ -285,6 +311,23 @@ def test_an_unused_lse_costs_nothing(return_lse):
     with Recorder() as recorder:
         fastattn.attention(*dense_inputs())
     assert [name for name, _ in recorder.calls] == ["attention_fwd"]
+
+
+def test_an_unused_lse_costs_nothing_compiled(fresh_dynamo):
+    """A compiled graph hands zeros over for the gradient of an output that nobody used; the operator must not see them."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    dlse = []
+
+    def backward_compiler(graph_module, _):
+        nodes = graph_module.graph.find_nodes(op="call_function", target=torch.ops.fastattn.attention_bwd.default)
+        dlse.extend(node.args[1] for node in nodes)
+        return make_boxed_func(graph_module.forward)
+
+    backend = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward), bw_compiler=backward_compiler)
+    torch.compile(fastattn.attention, backend=backend, fullgraph=True)(*learnt(*dense_inputs())).sum().backward()
+    assert dlse == [None]
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids="qkv")
@@ -380,6 +423,20 @@ def test_gradient_of_vmap_with_bias_and_sinks():
     expected = torch.autograd.grad(looped.square().sum(), (bias, sinks))
     for grad, expected_grad in zip(torch.autograd.grad(mapped.square().sum(), (bias, sinks)), expected, strict=True):
         torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_asks_how_to_draw_the_dropout_mask():
+    q, k, v = dense_inputs()
+    stacked = v.expand(2, *v.shape)
+
+    def function(v):
+        return fastattn.attention(q, k, v, dropout_p=0.5)
+
+    same, different = (torch.func.vmap(function, randomness=how)(stacked) for how in ("same", "different"))
+    assert torch.equal(same[0], same[1]) and not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(function)(stacked)
 
 
 def test_func_grad_and_vjp_are_backward():
@@ -512,13 +569,6 @@ def test_autocast_leaves_errors_alone():
 
 # --------------------------------------------------------------------------------------------------------------------
 # torch.compile.
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -6,23 +6,23 @@ import math
 
 import pytest
 import torch
-
-import fastattn
-from fastattn.ops.attention import attend, draw_seed, dropout_keep
-
 from test_attention_op import (
     CASES,
     PACKED,
+    assert_fake_layout,
+    assert_gradients_in_their_own_dtypes,
     assert_same_mask_in_backward,
     backward_arguments,
     check_against_reference,
     dense_inputs,
-    layout,
     learnt,
     operator_arguments,
     packed_inputs,
     permuted,
 )
+
+import fastattn
+from fastattn.ops.attention import attend, draw_seed, dropout_keep
 
 pytestmark = pytest.mark.interpret
 
@@ -30,16 +30,7 @@ pytestmark = pytest.mark.interpret
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_fake_and_real_outputs_have_the_same_layout(direction, case, launches):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    if direction == "forward":
-        op, arguments = torch.ops.fastattn.attention_fwd, operator_arguments(case)
-    else:
-        op, arguments = torch.ops.fastattn.attention_bwd, backward_arguments(case)
-    real = op(*arguments)
-    with FakeTensorMode() as mode:
-        fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
-    assert [layout(t) for t in fake] == [layout(t) for t in real]
+    assert_fake_layout(direction, case)
     assert launches.count > 0
 
 
@@ -74,6 +65,10 @@ def test_gradient_of_the_lse_alone():
     torch.testing.assert_close(dq, expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(dk, expected[1], atol=1e-5, rtol=1e-5)
     assert torch.equal(dv, torch.zeros_like(dv))
+
+
+def test_gradients_come_in_their_own_dtypes():
+    assert_gradients_in_their_own_dtypes()
 
 
 def test_dropout_keep_is_the_mask():

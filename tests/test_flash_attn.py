@@ -107,6 +107,23 @@ def test_positional_order():
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
 
 
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_deterministic_is_passed_on(name, monkeypatch):
+    seen = []
+    monkeypatch.setattr(flash_attn, "attention", lambda *args, deterministic, **options: seen.append(deterministic))
+    lengths = packed()[1]
+    tensors = {
+        "q": torch.zeros(7, 4, 8), "k": torch.zeros(7, 4, 8), "v": torch.zeros(7, 4, 8), "kv": torch.zeros(7, 2, 4, 8),
+        "qkv": torch.zeros(7, 3, 4, 8), "cu_seqlens": lengths[0], "max_seqlen": 9, **dict(zip(LENGTHS, lengths, strict=True)),
+    }  # fmt: skip
+    if "varlen" not in name:
+        tensors = {arg: t[None] if isinstance(t, torch.Tensor) else t for arg, t in tensors.items()}
+    args = [tensors[arg] for arg in SIGNATURES[name][0]]
+    getattr(flash_attn, name)(*args)
+    getattr(flash_attn, name)(*args, deterministic=True)
+    assert seen == [False, True]
+
+
 def test_window_size_takes_0d_tensors():
     q, k, v = dense()
     out = flash_attn.flash_attn_func(q, k, v, window_size=(torch.tensor(3), torch.tensor(-1)))
@@ -279,12 +296,13 @@ def test_unpad_then_pad(trailing, dtype):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
 def test_unpad_with_unused_rows(dtype):
     hidden, mask = ragged_batch()
-    unused = torch.tensor([[0, 0, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    mask[3, 4] = 0
+    unused = torch.tensor([[0, 0, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]])
     packed_rows, indices, cu_seqlens, longest, seqused = bert_padding.unpad_input(
         hidden, mask.to(dtype), unused.to(dtype)
     )
     assert torch.equal(packed_rows, hidden[(mask + unused).bool()]) and indices.numel() == 13
-    assert cu_seqlens.tolist() == [0, 4, 5, 8, 13] and longest == 5 and seqused.tolist() == [3, 0, 3, 5]
+    assert cu_seqlens.tolist() == [0, 4, 5, 8, 13] and longest == 5 and seqused.tolist() == [3, 0, 3, 4]
 
 
 def test_index_first_axis():

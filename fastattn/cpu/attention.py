@@ -2,8 +2,8 @@
 
 Two ways, told apart by `_fused_fits`. Where only additive terms come between q k^T and the softmax, torch's fused CPU
 op does the work: in one call, or in one a chunk of rows where a mask has to be made for it. Otherwise each chunk is
-three plain steps, scores, softmax and the product with v, which the backward repeats before its own. Either way no more
-than about `_CHUNK_ELEMENTS` scores or mask entries exist at a time, and only for keys that some row of the chunk can see.
+three plain steps, scores, softmax and the product with v, which the backward repeats before its own. Either way about
+`_CHUNK_ELEMENTS` scores or mask entries exist at a time, and only of keys that some row of the chunk can see.
 """
 
 from __future__ import annotations
@@ -351,21 +351,21 @@ def _unfold(t: torch.Tensor, batch: int, length: int) -> torch.Tensor:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """scale * a @ b, accumulated and scaled in float32."""
+    """scale * a @ b, accumulated and scaled in float32, then rounded to their dtype."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
-def _matmul_dtype(dtype: torch.dtype) -> torch.dtype:
-    # CPUs multiply bfloat16 faster than float32, so it stays; float16 they do not, so it gains precision for nothing.
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What all products but q k^T are computed in; that one, whose rounding exp would magnify, is in float32."""
+    # CPUs multiply bfloat16 faster than float32, so it stays; float16 they do not, and float32 gains precision for nothing.
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk, shift: int):
     """Final scores (b, h, rows, keys) of folded q and k, and softcap's derivative there (None without it)."""
     batch, heads, rows, keys = chunk
-    scores = _product(q, k.transpose(1, 2), scale)
+    scores = _product(q.to(k.dtype), k.transpose(1, 2), scale)
     scores = scores.view(batch.stop - batch.start, heads.stop - heads.start, rows.stop - rows.start, -1)
-    scores = scores.to(_accumulation_dtype(q.dtype))
     slope_of_cap = None
     if softcap > 0:
         scores.div_(softcap).tanh_()
@@ -382,10 +382,15 @@ def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk
     return scores, slope_of_cap
 
 
-def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the last dim and its log-sum-exp; a row of -inf gives 0 and -inf."""
+def _softmax(scores: torch.Tensor, no_denormals: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the last dim and its log-sum-exp; a row of -inf gives 0 and -inf.
+
+    no_denormals rounds those to 0. ALiBi makes many, and a matmul takes ten times as long over them.
+    """
     row_max = scores.amax(-1)
     probabilities = torch.softmax(scores, -1)
+    if no_denormals:
+        F.threshold_(probabilities, torch.finfo(probabilities.dtype).tiny, 0.0)
     empty = row_max == -math.inf
     if empty.any():
         probabilities.masked_fill_(empty.unsqueeze(-1), 0.0)
@@ -396,15 +401,15 @@ def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _forward_chunked(q, k, v, mask, dropout, scale, softcap, out, lse) -> None:
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    dtype = _matmul_dtype(q.dtype)
+    dtype, accumulate = _product_dtype(q.dtype), _accumulation_dtype(q.dtype)
     for batch, kv_heads, heads, num_rows in _head_chunks(q, k, mask):
         kv = kv_heads.stop - kv_heads.start
-        k_, v_ = (_fold(t[batch, :, kv_heads], kv, dtype) for t in (k, v))
+        k_, v_ = _fold(k[batch, :, kv_heads], kv, accumulate), _fold(v[batch, :, kv_heads], kv, dtype)
         for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, num_rows):
             chunk = _Chunk(batch, heads, rows, keys)
-            q_ = _fold(q[batch, rows, heads], kv, dtype)
+            q_ = _fold(q[batch, rows, heads], kv, accumulate)
             scores, _ = _chunk_scores(q_, k_[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q)
-            probabilities, lse[batch, heads, rows] = _softmax(scores)
+            probabilities, lse[batch, heads, rows] = _softmax(scores, mask.slopes is not None)
             if dropout.p > 0:
                 probabilities.mul_(_keep(dropout, q.shape[2], chunk))
             folded = probabilities.view(q_.shape[0], q_.shape[1], -1).to(dtype)
@@ -415,18 +420,21 @@ def _forward_chunked(q, k, v, mask, dropout, scale, softcap, out, lse) -> None:
 def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap, dq, dk, dv, dbias) -> None:
     """dS = P * (dP - rowsum(P * dP) + dlse), with P and dP computed again for each chunk."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    dtype, accumulate = _matmul_dtype(q.dtype), _accumulation_dtype(q.dtype)
+    dtype, accumulate = _product_dtype(q.dtype), _accumulation_dtype(q.dtype)
     for batch, kv_heads, heads, num_rows in _head_chunks(q, k, mask):
         kv = kv_heads.stop - kv_heads.start
         k_, v_ = (_fold(t[batch, :, kv_heads], kv, dtype) for t in (k, v))
+        k_of_scores = k_.to(accumulate)
         dk_, dv_ = (torch.zeros_like(t, dtype=accumulate) for t in (k_, v_))
         for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, num_rows):
             chunk = _Chunk(batch, heads, rows, keys)
             q_, dout_ = (_fold(t[batch, rows, heads], kv, dtype) for t in (q, dout))
-            scores, slope_of_cap = _chunk_scores(q_, k_[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q)
-            probabilities, lse_of_keys = _softmax(scores)
+            scores, slope_of_cap = _chunk_scores(
+                q_, k_of_scores[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q
+            )
+            probabilities, lse_of_keys = _softmax(scores, mask.slopes is not None)
             if sinks is not None:
-                # Of these scores' own sum: the forward's lse may come from scores that were not rounded as they are.
+                # Of these scores' own sum, for probabilities that add up: the forward's lse may be rounded differently.
                 total = torch.logaddexp(lse_of_keys, sinks[heads].to(accumulate)[:, None])
                 probabilities.mul_(_difference_exp(lse_of_keys, total).unsqueeze(-1))
 

@@ -223,12 +223,11 @@ def _attention(q, k, v, options, return_attn_probs):
 @torch.no_grad()
 def _signed_probabilities(q, k, options, rng_state) -> Tensor:
     """flash-attn's S_dmask: the reference's probabilities, signed by the mask whose seed was drawn at `rng_state`."""
-    with torch.random.fork_rng(devices=[q.device] if q.is_cuda else []):
-        if q.is_cuda:
-            torch.cuda.set_rng_state(rng_state, q.device)
-        else:
-            torch.set_rng_state(rng_state)
-        seed = draw_seed(q.device)
+    if q.is_cuda:
+        torch.cuda.set_rng_state(rng_state, q.device)
+    else:
+        torch.set_rng_state(rng_state)
+    seed = draw_seed(q.device)  # the one draw of that call, so the generator now stands where the call left it
 
     options = dict(options)
     dropout_p, cu_seqlens_k = options.pop("dropout_p"), options.get("cu_seqlens_k")

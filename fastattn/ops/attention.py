@@ -322,7 +322,7 @@ def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the dtype that the surrounding autocast region asks for (a rule registered with the op would pin one dtype)."""
     device = q.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if q.is_meta or not torch.is_autocast_enabled(device):  # meta has no autocast, and asking about it raises
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype in checks.FLOAT_DTYPES else t for t in (q, k, v))

@@ -6,8 +6,7 @@
 
 A row (kernel, part, dtype class, head-dim bucket) is compiled through its real launcher under the stub driver with two flag sets: "plain"
 (dense, causal) and "all" (packed, grouped heads, window on both sides, softcap, ALiBi, float bias with a gradient, sinks, dropout). A row
-split into two passes gives two cards, dk and dv; the dbias kernel rides on the dq row. The files, tests/cards/<launcher>.json, hold one card
-a line:
+split into two passes gives two cards, dk and dv; the dbias kernel rides on the dq row. tests/cards/<launcher>.json holds one card a line:
 
     "attention_fwd sm90 half 128 plain": {"config": "128x128 w8 s2 tma overlap", "registers": 252, "stack": 0, ...}
 
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -64,6 +64,15 @@ class Job:
 
     def __str__(self) -> str:
         return f"{self.launcher} {self.part} {self.dtype_class} {self.head_dim} {self.flags}"
+
+    def row(self, kernel: str) -> tuple[str, str, str, int]:
+        """The key of a kernel's tile in TILES."""
+        return kernel, self.part, self.dtype_class, self.head_dim
+
+    @property
+    def kernels(self) -> list[str]:
+        """The kernels with a tile of their own that the launcher launches."""
+        return [kernel for kernel in dict.fromkeys(row[0] for row in TILES) if kernel.startswith(self.launcher)]
 
     @property
     def is_required(self) -> bool:
@@ -122,25 +131,21 @@ def compile_cards(job: Job, **override: Any) -> dict[str, Card]:
         launch(job, **override)
         for recorded in driver.launches:
             kernel = recorded.name.removeprefix("_").removesuffix("_kernel")
-            passes = [name for name in ("dk", "dv") if recorded.args.get(f"WANT_{name.upper()}")]
+            wanted = [name for name in ("dk", "dv") if recorded.args.get(f"WANT_{name.upper()}")]
+            only = wanted if len(wanted) == 1 else []
             if kernel == "attention_bwd_dbias":
-                kernel, passes = "attention_bwd_dq", ["dbias"]
-            if (kernel, job.part, job.dtype_class, job.head_dim) not in TILES:
+                kernel, only = "attention_bwd_dq", ["dbias"]
+            if (row := job.row(kernel)) not in TILES:
                 continue  # the kernel that computes delta has no tile to choose
-            name = " ".join([str(job).replace(job.launcher, kernel, 1), *(passes if len(passes) == 1 else [])])
-            cards[name] = {"config": _tile(job, kernel), "hash": job_hash(job), "triton": triton.__version__, **read_card(recorded.compiled)}
+            card = {"config": tile(TILES[row]), "hash": job_hash(job), "triton": triton.__version__} | read_card(recorded.compiled)
             for redundant in ("name", "arch", "num_warps"):
-                del cards[name][redundant]
+                del card[redundant]
+            cards[" ".join([*map(str, row), job.flags, *only])] = card
     return cards
 
 
-def _config(job: Job, kernel: str) -> Config:
-    return TILES[kernel, job.part, job.dtype_class, job.head_dim]
-
-
-def _tile(job: Job, kernel: str) -> str:
+def tile(config: Config) -> str:
     """A Config as it stands on a card: `128x64 w8 s2 tma`."""
-    config = _config(job, kernel)
     switches = [name for name in ("tma", "overlap", "split") if getattr(config, name)]
     return " ".join([f"{config.BLOCK_M}x{config.BLOCK_N} w{config.num_warps} s{config.num_stages}", *switches])
 
@@ -149,9 +154,10 @@ def _tile(job: Job, kernel: str) -> str:
 # What a card was read from.
 
 
-def _sources(root: Any) -> Iterator[str]:
+@functools.cache
+def _sources(launcher: Any) -> tuple[str, ...]:
     """The launcher's source and that of everything of fastattn.kernels it leads to, without comments and docstrings."""
-    seen, pending = set(), [root]
+    found, seen, pending = [], set(), [launcher]
     while pending:
         item = pending.pop()
         plain = getattr(item, "fn", item)  # what @triton.jit wraps
@@ -162,25 +168,22 @@ def _sources(root: Any) -> Iterator[str]:
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
                 del node.body[0]
-        yield ast.dump(tree)
+        found.append(ast.dump(tree))
         scope = vars(inspect.getmodule(plain))
         for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
             value = scope.get(name)
             if isinstance(value, (int, float, str, list, triton.language.constexpr)):
-                yield f"{name} = {value}"
+                found.append(f"{name} = {value}")
             elif getattr(value, "__module__", "").startswith("fastattn.kernels"):
                 pending.append(value)
+    return tuple(found)
 
 
 def job_hash(job: Job) -> str:
     """Of the sources, the tiles and the options that the job's cards are read from."""
-    digest = hashlib.sha256()
-    for source in _sources(LAUNCHERS[job.launcher]):
-        digest.update(source.encode())
-    tiles = [_tile(job, kernel) for kernel, *row in TILES if row == [job.part, job.dtype_class, job.head_dim] and kernel.startswith(job.launcher)]
-    digest.update(f"{job} {tiles}".encode())
-    digest.update(inspect.getsource(launch).encode())
-    return digest.hexdigest()[:12]
+    tiles = [tile(TILES[job.row(kernel)]) for kernel in job.kernels]
+    parts = [*_sources(LAUNCHERS[job.launcher]), inspect.getsource(launch), str(job), *tiles]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -248,32 +251,31 @@ def write_golden(cards: dict[str, Card], folder: Path = GOLDEN) -> None:
     """One file a launcher, one card a line, sorted: a diff shows which figure of which row moved."""
     folder.mkdir(parents=True, exist_ok=True)
     for launcher in LAUNCHERS:
-        lines = [f"{json.dumps(name)}: {json.dumps(cards[name], sort_keys=True)}" for name in sorted(cards) if name.startswith(launcher)]
+        names = sorted(name for name in cards if name.startswith(launcher))
+        lines = [f"{json.dumps(name)}: {json.dumps(cards[name], sort_keys=True)}" for name in names]
         (folder / f"{launcher}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def changed_jobs(golden: dict[str, Card]) -> list[Job]:
-    """Jobs whose golden cards were read from other sources, or do not exist."""
-    hashes = {name: card["hash"] for name, card in golden.items()}
-    kernels = {launcher: [k for k in dict.fromkeys(row[0] for row in TILES) if k.startswith(launcher)] for launcher in LAUNCHERS}
+    """Jobs whose golden cards were read from other sources or tiles, or do not exist."""
+    hashes: dict[str, set[str]] = {}
+    for name, card in golden.items():
+        hashes.setdefault(" ".join(name.split()[:5]), set()).add(card["hash"])  # without the pass
 
     def is_current(job: Job) -> bool:
-        names = [str(job).replace(job.launcher, kernel, 1) for kernel in kernels[job.launcher]]
-        own = [[h for name, h in hashes.items() if name == start or name.startswith(start + " ")] for start in names]
-        return all(own) and {h for found in own for h in found} == {job_hash(job)}
+        now = {job_hash(job)}
+        return all(hashes.get(" ".join([*map(str, job.row(kernel)), job.flags])) == now for kernel in job.kernels)
 
     return [job for job in all_jobs() if not is_current(job)]
 
 
-def compile_all(jobs: Iterable[Job], processes: int = 2) -> Iterator[tuple[Job, dict[str, Card]]]:
-    """Compile jobs side by side, the longest first; yields as they finish."""
-    # spawn: forking a process that has torch's threads may hang
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    with pool:
-        order = sorted(jobs, key=lambda job: (job.launcher, job.dtype_class != "single", -job.head_dim))
-        futures = {pool.submit(compile_cards, job): job for job in order}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+def compile_all(jobs: Iterable[Job], processes: int = 2) -> Iterator[dict[str, Card]]:
+    """Compile jobs side by side, the longest first; yields the cards of each as it finishes."""
+    longest_first = sorted(jobs, key=lambda job: (job.launcher, job.flags, job.dtype_class != "single", -job.head_dim))
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        for future in as_completed([pool.submit(compile_cards, job) for job in longest_first]):
+            yield future.result()
 
 
 def judge(cards: dict[str, Card], golden: dict[str, Card]) -> list[str]:
@@ -286,16 +288,17 @@ def judge(cards: dict[str, Card], golden: dict[str, Card]) -> list[str]:
 
 
 def _show(name: str, card: Card) -> None:
-    spills = f"stack {card['stack']} local {card['local']} ({card['hot_loop_local'] or 0} in the loop)" if card["stack"] else "no spills"
+    spills = f"stack {card['stack']} ({card['hot_loop_local'] or 0} in the loop)" if card["stack"] else "no spills"
     mma = " ".join(f"{kind} {number}" for kind, number in card["mma"].items()) or "no mma"
-    overlap = "" if card["overlap"] is None else f"  overlap {card['overlap']}"
     loop = card["hot_loop_instructions"] or "-"
-    print(f"{name:52} {card['config']:28} regs {card['registers']:3}  {spills}  shared {card['shared']}  {mma}  loop {loop}{overlap}", flush=True)
+    figures = f"{card['registers']:3} registers  {spills:26}  shared {card['shared']:6}  {mma:10}  loop {loop}"
+    print(f"{name:47} {card['config']:25} {figures}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The `cards` command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="fastattn cards", description="Compile the tile table without a GPU and keep what the compiler made of it.")
+    about = "Compile the tile table without a GPU, and keep or compare what the compiler made of it."
+    parser = argparse.ArgumentParser(prog="fastattn cards", description=about)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare every row with the golden files")
     mode.add_argument("--changed", action="store_true", help="compare rows whose sources changed, and a fixed sample")
@@ -306,17 +309,23 @@ def main(argv: list[str] | None = None) -> int:
     if checking and comparable() is not None:
         print(f"skipped: {comparable()}")
         return 0
-    golden = read_golden(options.golden) if checking else {}
-    jobs = list(dict.fromkeys([*changed_jobs(golden), *sample()])) if options.changed else all_jobs()
+    try:
+        golden = read_golden(options.golden) if checking else {}
+    except FileNotFoundError:
+        print(f"no golden cards in {options.golden}: they are part of the repository, not of an installation", file=sys.stderr)
+        return 1
+    jobs = list(dict.fromkeys([*sample(), *changed_jobs(golden)])) if options.changed else all_jobs()
     cards: dict[str, Card] = {}
-    for _, found in compile_all(jobs, options.processes):
+    for found in compile_all(jobs, options.processes):
         cards |= found
         for name, card in found.items():
             _show(name, card)
     if not checking:
         write_golden(cards, options.golden)
-    wrong = judge(cards, golden) if checking else [what for name, card in sorted(cards.items()) for what in violations(name, card)]
-    if options.check:
-        wrong += [f"{name}: is in the golden files and in no table" for name in sorted(set(golden) - set(cards))]
+        wrong = [what for name, card in sorted(cards.items()) for what in violations(name, card)]
+    else:
+        wrong = judge(cards, golden)
+        if options.check:
+            wrong += [f"{name}: has a golden card and is in no table" for name in sorted(set(golden) - set(cards))]
     print(f"{len(cards)} cards, {len(wrong)} wrong", *wrong, sep="\n", file=sys.stderr if wrong else sys.stdout)
     return 1 if wrong else 0
