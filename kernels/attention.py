@@ -284,7 +284,8 @@ class Problem:
 
     def config(self, kernel: str, tensor: torch.Tensor) -> Config:
         head_dim = max(self.head_dim, self.head_dim_v)
-        return pick_config(kernel, *target_of(tensor), head_dim, tensor.element_size())
+        plain = self.shared["FOLD_SCALE"] and self.shared["seed_ptr"] is None
+        return pick_config(kernel, *target_of(tensor), head_dim, tensor.element_size(), plain)
 
     def new(self, *shape: int, like: torch.Tensor, dtype: torch.dtype | None = None, fill: float = 0.0) -> torch.Tensor:
         """An output. Packed tensors may have rows that belong to no sequence, which no program writes: those keep `fill`."""

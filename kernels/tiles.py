@@ -7,7 +7,7 @@ TMA, 227 KB). Every row is compiled for its part by the kernel cards; a receipt 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ TILES: dict[tuple[str, str, str, int], Config] = {
     ("attention_fwd", "sm80", "half", 512): Config(32, 32, 8, 1),
     ("attention_fwd", "sm90", "half", 64): Config(128, 128, 8, 2, tma=True, overlap=True),
     ("attention_fwd", "sm90", "half", 128): Config(128, 128, 8, 2, tma=True, overlap=True),
-    ("attention_fwd", "sm90", "half", 256): Config(128, 64, 8, 2, tma=True),
-    ("attention_fwd", "sm90", "half", 512): Config(64, 32, 8, 1),
+    ("attention_fwd", "sm90", "half", 256): Config(128, 64, 8, 2, tma=True, overlap=True),
+    ("attention_fwd", "sm90", "half", 512): Config(64, 32, 8, 2),
     ("attention_fwd", "sm100", "half", 64): Config(128, 128, 8, 2, tma=True),
     ("attention_fwd", "sm100", "half", 128): Config(128, 128, 8, 2, tma=True),
     ("attention_fwd", "sm100", "half", 256): Config(128, 64, 8, 2, tma=True),
     ("attention_fwd", "sm100", "half", 512): Config(64, 32, 8, 1),
     ("attention_fwd", "sm120", "half", 64): Config(128, 64, 8, 3),
     ("attention_fwd", "sm120", "half", 128): Config(128, 32, 8, 3),
-    ("attention_fwd", "sm120", "half", 256): Config(64, 32, 8, 2),
-    ("attention_fwd", "sm120", "half", 512): Config(16, 16, 4, 1),
+    ("attention_fwd", "sm120", "half", 256): Config(64, 64, 8, 1),
+    ("attention_fwd", "sm120", "half", 512): Config(32, 32, 8, 1),
     # dK and dV
     ("attention_bwd_dkdv", "sm80", "half", 64): Config(32, 128, 8, 1),
     ("attention_bwd_dkdv", "sm80", "half", 128): Config(32, 64, 8, 2, split=True),
-    ("attention_bwd_dkdv", "sm80", "half", 256): Config(32, 32, 8, 1, split=True),
-    ("attention_bwd_dkdv", "sm80", "half", 512): Config(16, 16, 8, 1, split=True),
+    ("attention_bwd_dkdv", "sm80", "half", 256): Config(32, 64, 8, 2, split=True),
+    ("attention_bwd_dkdv", "sm80", "half", 512): Config(16, 32, 8, 2, split=True),
     ("attention_bwd_dkdv", "sm90", "half", 64): Config(64, 128, 8, 2, tma=True),
     ("attention_bwd_dkdv", "sm90", "half", 128): Config(32, 128, 8, 2, tma=True, split=True),
-    ("attention_bwd_dkdv", "sm90", "half", 256): Config(64, 64, 8, 2, tma=True, split=True),
-    ("attention_bwd_dkdv", "sm90", "half", 512): Config(16, 32, 8, 1, split=True),
+    ("attention_bwd_dkdv", "sm90", "half", 256): Config(32, 64, 8, 2, tma=True, split=True),
+    ("attention_bwd_dkdv", "sm90", "half", 512): Config(32, 32, 8, 1, split=True),
     ("attention_bwd_dkdv", "sm100", "half", 64): Config(64, 128, 8, 1, tma=True),
     ("attention_bwd_dkdv", "sm100", "half", 128): Config(32, 128, 8, 2, tma=True, split=True),
     ("attention_bwd_dkdv", "sm100", "half", 256): Config(64, 64, 8, 1, tma=True, split=True),
@@ -69,12 +69,12 @@ TILES: dict[tuple[str, str, str, int], Config] = {
     # dQ
     ("attention_bwd_dq", "sm80", "half", 64): Config(128, 32, 8, 2),
     ("attention_bwd_dq", "sm80", "half", 128): Config(128, 32, 8, 2),
-    ("attention_bwd_dq", "sm80", "half", 256): Config(32, 32, 8, 1),
-    ("attention_bwd_dq", "sm80", "half", 512): Config(16, 16, 8, 1),
+    ("attention_bwd_dq", "sm80", "half", 256): Config(64, 32, 8, 2),
+    ("attention_bwd_dq", "sm80", "half", 512): Config(32, 16, 8, 1),
     ("attention_bwd_dq", "sm90", "half", 64): Config(128, 64, 8, 2, tma=True),
     ("attention_bwd_dq", "sm90", "half", 128): Config(128, 64, 8, 2, tma=True),
-    ("attention_bwd_dq", "sm90", "half", 256): Config(64, 64, 8, 1, tma=True),
-    ("attention_bwd_dq", "sm90", "half", 512): Config(32, 16, 8, 1),
+    ("attention_bwd_dq", "sm90", "half", 256): Config(128, 32, 8, 2, tma=True),
+    ("attention_bwd_dq", "sm90", "half", 512): Config(32, 32, 8, 1),
     ("attention_bwd_dq", "sm100", "half", 64): Config(128, 64, 8, 2, tma=True),
     ("attention_bwd_dq", "sm100", "half", 128): Config(128, 64, 8, 2, tma=True),
     ("attention_bwd_dq", "sm100", "half", 256): Config(64, 64, 8, 1, tma=True),
@@ -145,8 +145,15 @@ def part_of(capability: tuple[int, int], shared_memory: int) -> str:
     return {8: "sm80", 9: "sm90", 10: "sm100"}.get(capability[0], "sm80")
 
 
-def pick_config(kernel: str, capability: tuple[int, int], shared_memory: int, head_dim: int, itemsize: int) -> Config:
-    """The tile of one launch. `head_dim` is the larger of D and D_v, `itemsize` the inputs' bytes per element. Pure: no GPU needed."""
+def pick_config(
+    kernel: str, capability: tuple[int, int], shared_memory: int, head_dim: int, itemsize: int, plain: bool = True
+) -> Config:
+    """The tile of one launch. `head_dim` is the larger of D and D_v, `itemsize` the inputs' bytes per element, `plain` whether nothing but a
+    mask comes between the scores and the softmax. Pure: no GPU needed."""
     bucket = next(limit for limit in HEAD_DIM_BUCKETS if head_dim <= limit)
     dtype_class = "half" if itemsize == 2 else "single"
-    return TILES[kernel, part_of(capability, shared_memory), dtype_class, bucket]
+    config = TILES[kernel, part_of(capability, shared_memory), dtype_class, bucket]
+    if not plain and config.BLOCK_M * config.BLOCK_N > 64 * 128:
+        # Forward, sm_90, D = 64, every feature on: 128×128 spills 2144 bytes and is 32776 instructions, 128×64 none and 9696.
+        config = replace(config, BLOCK_N=config.BLOCK_N // 2)
+    return config

@@ -42,7 +42,16 @@ if [ ! "$dir/ready" -nt tools/second-torch.sh ]; then
   touch "$dir/ready"
 fi
 
-cd tests
-"$OLDPWD/$dir/bin/python" -c "
+unset TRITON_INTERPRET
+"$dir/bin/python" -P -c "
 import fastattn, torch, triton
 print('torch', torch.__version__, 'triton', triton.__version__, 'cuda', torch.version.cuda, 'gpu', torch.cuda.is_available())"
+
+# The two processes of `make test`, over what depends on the versions: every option in the interpreter, compilation by Triton for
+# every part and by torch.compile, and the tools that patch Triton's insides.
+pytest=("$dir/bin/python" -m pytest -q -p no:cacheprovider -n 2)
+export OMP_NUM_THREADS=1
+TRITON_INTERPRET=1 "${pytest[@]}" -m "interpret and not more" \
+  tests/test_testing_checker.py tests/test_attention_op_interpret.py tests/test_attention.py::test_features
+"${pytest[@]}" -m "not interpret and not more and not gpu" \
+  tests/test_testing_stub_driver.py tests/test_testing_sass.py tests/test_launch_path.py tests/test_attention_op.py

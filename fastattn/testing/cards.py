@@ -113,7 +113,11 @@ def launch(job: Job, **override: Any) -> None:
         k, v = k[:, :, : heads // 2], v[:, :, : heads // 2]
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
         lse = lse.transpose(0, 1).reshape(heads, batch * seqlen)
-        bias, slopes, sinks = torch.zeros(batch, heads, seqlen, seqlen, dtype=dtype), torch.zeros(heads), torch.zeros(heads)
+        bias, slopes, sinks = (
+            torch.zeros(batch, heads, seqlen, seqlen, dtype=dtype),
+            torch.zeros(heads),
+            torch.zeros(heads),
+        )
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * seqlen
         tensors = (bias, slopes, sinks, torch.zeros(1, dtype=torch.int64), cu_seqlens, cu_seqlens)
         window_left, softcap, dropout_p = 100, 10.0, 0.1
@@ -137,7 +141,9 @@ def compile_cards(job: Job, **override: Any) -> dict[str, Card]:
                 kernel, only = "attention_bwd_dq", ["dbias"]
             if (row := job.row(kernel)) not in TILES:
                 continue  # the kernel that computes delta has no tile to choose
-            card = {"config": tile(TILES[row]), "hash": job_hash(job), "triton": triton.__version__} | read_card(recorded.compiled)
+            card = {"config": tile(TILES[row]), "hash": job_hash(job), "triton": triton.__version__} | read_card(
+                recorded.compiled
+            )
             for redundant in ("name", "arch", "num_warps"):
                 del card[redundant]
             cards[" ".join([*map(str, row), job.flags, *only])] = card
@@ -302,7 +308,9 @@ def main(argv: list[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare every row with the golden files")
     mode.add_argument("--changed", action="store_true", help="compare rows whose sources changed, and a fixed sample")
-    parser.add_argument("--golden", type=Path, default=GOLDEN, help="folder of the golden files (default: the checkout's tests/cards)")
+    parser.add_argument(
+        "--golden", type=Path, default=GOLDEN, help="folder of the golden files (default: the checkout's tests/cards)"
+    )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
     checking = options.check or options.changed
@@ -312,7 +320,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         golden = read_golden(options.golden) if checking else {}
     except FileNotFoundError:
-        print(f"no golden cards in {options.golden}: they are part of the repository, not of an installation", file=sys.stderr)
+        print(
+            f"no golden cards in {options.golden}: they are part of the repository, not of an installation",
+            file=sys.stderr,
+        )
         return 1
     jobs = list(dict.fromkeys([*sample(), *changed_jobs(golden)])) if options.changed else all_jobs()
     cards: dict[str, Card] = {}
