@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-MIN_ROUNDS, MAX_ROUNDS = 3, 100
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
 
 @dataclass(frozen=True)
@@ -33,28 +33,27 @@ class Measurement:
 class Clock:
     """Times calls on one device.
 
-    On CUDA: a pair of events around each call, behind a write to a buffer larger than the L2 cache. That write leaves the cache cold, and
-    it lasts long enough for the host to queue the call behind it, so that the events measure the device and not Python.
-    On the CPU: `perf_counter`, caches as the previous implementation left them.
+    Each call comes after a write to a buffer larger than the L2 cache, so that it starts cold whoever ran before it. On CUDA the time is
+    taken by a pair of events, and the write lasts long enough for the host to queue the call behind it, so that they measure the device
+    and not Python. On the CPU it is `perf_counter`'s.
     """
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         """seconds: how long to spend on one implementation, within MIN_ROUNDS and MAX_ROUNDS calls."""
         self.device, self.seconds = device, seconds
-        self._flush = None
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            self._flush = torch.empty(min(1 << 30, total // 16), dtype=torch.int8, device=device)
+        self._on_gpu = device.type == "cuda"
+        size = min(1 << 30, torch.cuda.get_device_properties(device).total_memory // 16) if self._on_gpu else 1 << 25
+        self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def once(self, work: Work) -> Callable[[], float]:
         """Call once; the milliseconds are read later, so that the host can run ahead of the device."""
         argument = work.prepare()
-        if self._flush is None:
+        self._flush.zero_()
+        if not self._on_gpu:
             start = time.perf_counter()
             work.run(argument)
             milliseconds = (time.perf_counter() - start) * 1e3
             return lambda: milliseconds
-        self._flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work.run(argument)
@@ -62,7 +61,7 @@ class Clock:
         return lambda: start.elapsed_time(end)
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize(self.device)
 
     def measure(self, works: dict[str, Work]) -> tuple[dict[str, Measurement], dict[str, str]]:
@@ -71,7 +70,7 @@ class Clock:
         Returns the measurements, and for each one that raised instead, what it said.
         """
         rounds, failures = {}, {}
-        warmup_calls = 1 if self._flush is None else 2  # the last one is the estimate; on a GPU the first may compile
+        warmup_calls = 2 if self._on_gpu else 1  # the last one is the estimate; on a GPU the first may compile
         for name, work in works.items():
             try:
                 for _ in range(warmup_calls):

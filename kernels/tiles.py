@@ -44,7 +44,7 @@ TILES: dict[tuple[str, str, str, int], Config] = {
     ("attention_fwd", "sm100", "half", 64): Config(128, 128, 8, 2, tma=True),
     ("attention_fwd", "sm100", "half", 128): Config(128, 128, 8, 2, tma=True),
     ("attention_fwd", "sm100", "half", 256): Config(128, 64, 8, 2, tma=True),
-    ("attention_fwd", "sm100", "half", 512): Config(64, 32, 8, 1),
+    ("attention_fwd", "sm100", "half", 512): Config(64, 32, 8, 2),
     ("attention_fwd", "sm120", "half", 64): Config(128, 64, 8, 3),
     ("attention_fwd", "sm120", "half", 128): Config(128, 32, 8, 3),
     ("attention_fwd", "sm120", "half", 256): Config(64, 64, 8, 1),
@@ -65,7 +65,7 @@ TILES: dict[tuple[str, str, str, int], Config] = {
     ("attention_bwd_dkdv", "sm120", "half", 64): Config(32, 128, 8, 1),
     ("attention_bwd_dkdv", "sm120", "half", 128): Config(32, 64, 8, 1, split=True),
     ("attention_bwd_dkdv", "sm120", "half", 256): Config(32, 32, 8, 1, split=True),
-    ("attention_bwd_dkdv", "sm120", "half", 512): Config(16, 16, 4, 1, split=True),
+    ("attention_bwd_dkdv", "sm120", "half", 512): Config(16, 32, 8, 1, split=True),
     # dQ
     ("attention_bwd_dq", "sm80", "half", 64): Config(128, 32, 8, 2),
     ("attention_bwd_dq", "sm80", "half", 128): Config(128, 32, 8, 2),
@@ -81,8 +81,8 @@ TILES: dict[tuple[str, str, str, int], Config] = {
     ("attention_bwd_dq", "sm100", "half", 512): Config(32, 16, 8, 1),
     ("attention_bwd_dq", "sm120", "half", 64): Config(128, 32, 8, 2),
     ("attention_bwd_dq", "sm120", "half", 128): Config(128, 32, 8, 2),
-    ("attention_bwd_dq", "sm120", "half", 256): Config(32, 32, 8, 1),
-    ("attention_bwd_dq", "sm120", "half", 512): Config(16, 16, 4, 1),
+    ("attention_bwd_dq", "sm120", "half", 256): Config(64, 32, 8, 1),
+    ("attention_bwd_dq", "sm120", "half", 512): Config(32, 16, 8, 1),
     # float32
     ("attention_fwd", "sm80", "single", 64): Config(64, 32, 8, 2),
     ("attention_fwd", "sm80", "single", 128): Config(32, 16, 4, 2),

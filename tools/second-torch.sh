@@ -43,7 +43,7 @@ if [ ! "$dir/ready" -nt tools/second-torch.sh ]; then
 fi
 
 unset TRITON_INTERPRET
-"$dir/bin/python" -P -c "
+"$dir/bin/python" -c "
 import fastattn, torch, triton
 print('torch', torch.__version__, 'triton', triton.__version__, 'cuda', torch.version.cuda, 'gpu', torch.cuda.is_available())"
 

@@ -80,13 +80,15 @@ def attention_fwd(
         (q, out), (k, v), (lse,), attn_bias, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
         window_left, window_right, dropout_seed, dropout_p,
     ):  # fmt: skip
-        if q_.numel() > 0 and k_.shape[1] > 0:
-            if _fused_fits(mask, softcap, dropout):
-                _forward_fused(q_, k_, v_, mask, softmax_scale, out_, lse_)
-            else:
-                _forward_chunked(q_, k_, v_, mask, dropout, softmax_scale, softcap, out_, lse_)
-        if sinks is not None:
-            _join_sinks(sinks, out_, lse_)
+        if sinks is not None:  # for the rows that see no key, and so are in no chunk
+            lse_.copy_(sinks[:, None])
+        if q_.numel() == 0 or k_.shape[1] == 0:
+            continue
+        # A sink would have the fused op's output rounded twice, which half precision can't afford.
+        if _fused_fits(mask, softcap, dropout) and not (sinks is not None and _is_half(q.dtype)):
+            _forward_fused(q_, k_, v_, mask, sinks, softmax_scale, out_, lse_)
+        else:
+            _forward_chunked(q_, k_, v_, mask, sinks, dropout, softmax_scale, softcap, out_, lse_)
     return out, lse
 
 
@@ -120,23 +122,34 @@ def attention_bwd(
     computed where ``bias_grad``; dsinks (sinks' dtype) where sinks are given.
     """
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    dbias = torch.zeros(attn_bias.shape, dtype=_accumulation_dtype(q.dtype), device=q.device) if bias_grad else None
+    accumulate = _accumulation_dtype(q.dtype)
+    dbias = torch.zeros(attn_bias.shape, dtype=accumulate, device=q.device) if bias_grad else None
+    delta = torch.zeros_like(lse)  # rowsum(P * dP), which sinks need
+    of_rows = (lse, delta) if dlse is None else (lse, delta, dlse)
     # In half precision torch's fused backward is slower than the chunks, by up to a factor of four.
-    fusable = dlse is None and not bias_grad and q.dtype in (torch.float32, torch.float64)
-    for (q_, out_, dout_, dq_), (k_, v_, dk_, dv_), (lse_, *dlse_), mask, dbias_, dropout in _dense_batches(
-        (q, out, dout, dq), (k, v, dk, dv), (lse,) if dlse is None else (lse, dlse), attn_bias, alibi_slopes, dbias,
-        cu_seqlens_q, cu_seqlens_k, window_left, window_right, dropout_seed, dropout_p,
+    fusable = dlse is None and not bias_grad and not _is_half(q.dtype)
+    for (q_, out_, dout_, dq_), (k_, v_, dk_, dv_), (lse_, delta_, *dlse_), mask, dbias_, dropout in _dense_batches(
+        (q, out, dout, dq), (k, v, dk, dv), of_rows, attn_bias, alibi_slopes, dbias, cu_seqlens_q, cu_seqlens_k,
+        window_left, window_right, dropout_seed, dropout_p,
     ):  # fmt: skip
-        if q_.numel() > 0 and k_.shape[1] > 0:
-            if fusable and _fused_fits(mask, softcap, dropout):
-                _backward_fused(dout_, q_, k_, v_, mask, softmax_scale, out_, lse_, dq_, dk_, dv_)
-            else:
-                _backward_chunked(
-                    dout_, dlse_[0] if dlse_ else None, q_, k_, v_, mask, sinks, dropout, softmax_scale, softcap,
-                    dq_, dk_, dv_, dbias_,
-                )  # fmt: skip
-    dsinks = None if sinks is None else _sinks_gradient(sinks, out, dout, lse, dlse)
-    return dq, dk, dv, dbias if dbias is None else dbias.to(attn_bias.dtype), dsinks
+        if q_.numel() == 0 or k_.shape[1] == 0:
+            continue
+        if fusable and _fused_fits(mask, softcap, dropout):
+            _backward_fused(dout_, q_, k_, v_, mask, softmax_scale, out_, lse_, dq_, dk_, dv_)
+            delta_.copy_((out_ * dout_).sum(-1).transpose(1, 2))
+        else:
+            _backward_chunked(
+                dout_, dlse_[0] if dlse_ else None, q_, k_, v_, mask, sinks, dropout, softmax_scale, softcap,
+                dq_, dk_, dv_, dbias_, delta_,
+            )  # fmt: skip
+    if dbias is not None:
+        dbias = dbias.to(attn_bias.dtype)
+    if sinks is None:
+        return dq, dk, dv, dbias, None
+    # A sink has a share of every row's sum, and no value.
+    share = _exp_difference(sinks.to(accumulate)[:, None], lse)
+    dsinks = share * (-delta if dlse is None else dlse - delta)
+    return dq, dk, dv, dbias, dsinks.transpose(-1, -2).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
 
 
 def dropout_keep(
@@ -227,6 +240,10 @@ def _four_dims(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t[(None,) * (4 - t.dim())]
 
 
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -283,16 +300,19 @@ def _fused_inputs(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
 
 
-def _forward_fused(q, k, v, mask, scale, out, lse) -> None:
+def _forward_fused(q, k, v, mask, sinks, scale, out, lse) -> None:
     chunks = _fused_chunks(q, k, mask)
     q, k, v_ = _fused_inputs(q, k, v)
     for rows, keys, additive, causal in chunks:
         out_, lse_ = _fused_forward(
             q[:, :, rows], k[:, :, keys], v_[:, :, keys], 0.0, causal, attn_mask=additive, scale=scale
         )
-        out[:, rows] = out_.transpose(1, 2)[..., : v.shape[-1]]
         if additive is not None:  # the fused op's output for a row that sees nothing is 0, but its lse is 0 as well
             lse_ = lse_.masked_fill(additive.amax(-1) == -math.inf, -math.inf)
+        if sinks is not None:
+            lse_of_keys, lse_ = lse_, torch.logaddexp(lse_, sinks.to(lse_.dtype)[:, None])
+            out_ = out_ * _exp_difference(lse_of_keys, lse_).unsqueeze(-1)
+        out[:, rows] = out_.transpose(1, 2)[..., : v.shape[-1]]
         lse[:, :, rows] = lse_
 
 
@@ -355,10 +375,12 @@ def _product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tens
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What all products but q k^T are computed in; that one, whose rounding exp would magnify, is in float32."""
-    # CPUs multiply bfloat16 faster than float32, so it stays; float16 they do not, and float32 gains precision for nothing.
-    return torch.float32 if dtype == torch.float16 else dtype
+def _product_dtype(q: torch.Tensor, k: torch.Tensor) -> torch.dtype:
+    """What a chunk's products are computed in, but for q k^T: exp would magnify its rounding, so it is in float32."""
+    # CPUs multiply float16 no faster than float32, and bfloat16 only if there is enough of it.
+    if q.dtype == torch.bfloat16 and q.shape[1] * k.shape[1] * q.shape[-1] >= 1 << 22:
+        return torch.bfloat16
+    return _accumulation_dtype(q.dtype)
 
 
 def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk, shift: int):
@@ -382,8 +404,8 @@ def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk
     return scores, slope_of_cap
 
 
-def _softmax(scores: torch.Tensor, no_denormals: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the last dim and its log-sum-exp; a row of -inf gives 0 and -inf.
+def _softmax(scores, sinks: torch.Tensor | None, no_denormals: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of (b, h, rows, keys) scores and its log-sum-exp, sinks (h,) included; a row of -inf gives 0 and -inf.
 
     no_denormals rounds those to 0. ALiBi makes many, and a matmul takes ten times as long over them.
     """
@@ -395,21 +417,30 @@ def _softmax(scores: torch.Tensor, no_denormals: bool) -> tuple[torch.Tensor, to
     if empty.any():
         probabilities.masked_fill_(empty.unsqueeze(-1), 0.0)
     # A row's largest probability is exp(0) / sum, so that this is row_max + log(sum), without summing once more.
-    lse = row_max - probabilities.amax(-1).log_()
-    return probabilities, lse.masked_fill_(empty, -math.inf)
+    lse = (row_max - probabilities.amax(-1).log_()).masked_fill_(empty, -math.inf)
+    if sinks is not None:
+        lse_of_keys, lse = lse, torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        probabilities.mul_(_exp_difference(lse_of_keys, lse).unsqueeze(-1))
+    return probabilities, lse
 
 
-def _forward_chunked(q, k, v, mask, dropout, scale, softcap, out, lse) -> None:
+def _exp_difference(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """exp(x - total), the share of x in a sum whose logarithm is total; 0 where the sum itself is."""
+    return (x - total).exp_().masked_fill_(total == -math.inf, 0.0)
+
+
+def _forward_chunked(q, k, v, mask, sinks, dropout, scale, softcap, out, lse) -> None:
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    dtype, accumulate = _product_dtype(q.dtype), _accumulation_dtype(q.dtype)
+    dtype, accumulate = _product_dtype(q, k), _accumulation_dtype(q.dtype)
     for batch, kv_heads, heads, num_rows in _head_chunks(q, k, mask):
         kv = kv_heads.stop - kv_heads.start
         k_, v_ = _fold(k[batch, :, kv_heads], kv, accumulate), _fold(v[batch, :, kv_heads], kv, dtype)
+        sinks_ = None if sinks is None else sinks[heads]
         for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, num_rows):
             chunk = _Chunk(batch, heads, rows, keys)
             q_ = _fold(q[batch, rows, heads], kv, accumulate)
             scores, _ = _chunk_scores(q_, k_[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q)
-            probabilities, lse[batch, heads, rows] = _softmax(scores, mask.slopes is not None)
+            probabilities, lse[batch, heads, rows] = _softmax(scores, sinks_, mask.slopes is not None)
             if dropout.p > 0:
                 probabilities.mul_(_keep(dropout, q.shape[2], chunk))
             folded = probabilities.view(q_.shape[0], q_.shape[1], -1).to(dtype)
@@ -417,38 +448,34 @@ def _forward_chunked(q, k, v, mask, dropout, scale, softcap, out, lse) -> None:
             out[batch, rows, heads] = _unfold(out_, batch.stop - batch.start, rows.stop - rows.start)
 
 
-def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap, dq, dk, dv, dbias) -> None:
-    """dS = P * (dP - rowsum(P * dP) + dlse), with P and dP computed again for each chunk."""
+def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap, dq, dk, dv, dbias, delta) -> None:
+    """dS = P * (dP - delta + dlse) with delta = rowsum(P * dP); P and dP are computed again for each chunk."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    dtype, accumulate = _product_dtype(q.dtype), _accumulation_dtype(q.dtype)
+    dtype, accumulate = _product_dtype(q, k), _accumulation_dtype(q.dtype)
     for batch, kv_heads, heads, num_rows in _head_chunks(q, k, mask):
         kv = kv_heads.stop - kv_heads.start
         k_, v_ = (_fold(t[batch, :, kv_heads], kv, dtype) for t in (k, v))
         k_of_scores = k_.to(accumulate)
         dk_, dv_ = (torch.zeros_like(t, dtype=accumulate) for t in (k_, v_))
+        sinks_ = None if sinks is None else sinks[heads]
         for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, num_rows):
             chunk = _Chunk(batch, heads, rows, keys)
             q_, dout_ = (_fold(t[batch, rows, heads], kv, dtype) for t in (q, dout))
+            shape = q_.shape[0], q_.shape[1], keys.stop - keys.start
             scores, slope_of_cap = _chunk_scores(
                 q_, k_of_scores[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q
             )
-            probabilities, lse_of_keys = _softmax(scores, mask.slopes is not None)
-            if sinks is not None:
-                # Of these scores' own sum, for probabilities that add up: the forward's lse may be rounded differently.
-                total = torch.logaddexp(lse_of_keys, sinks[heads].to(accumulate)[:, None])
-                probabilities.mul_(_difference_exp(lse_of_keys, total).unsqueeze(-1))
-
-            def folded(t, like=q_):
-                return t.view(like.shape[0], like.shape[1], -1).to(dtype)
-
+            probabilities, _ = _softmax(scores, sinks_, mask.slopes is not None)
             dprobabilities = _product(dout_, v_[:, keys].transpose(1, 2)).view(probabilities.shape).to(accumulate)
             kept = probabilities
             if dropout.p > 0:
                 keep = _keep(dropout, q.shape[2], chunk) / (1.0 - dropout.p)
                 kept = probabilities * keep
                 dprobabilities.mul_(keep)
-            _add_product(dv_[:, keys], folded(kept).transpose(1, 2), dout_)
+            _add_product(dv_[:, keys], kept.view(shape).to(dtype).transpose(1, 2), dout_)
             dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, accumulate)
+            if sinks is not None:
+                delta[batch, heads, rows] = dprobabilities.mul_(probabilities).sum(-1)
             if dlse is not None:
                 dscores.addcmul_(probabilities, dlse[batch, heads, rows].unsqueeze(-1))
             if dbias is not None:
@@ -456,7 +483,7 @@ def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap,
                 part += dscores.sum_to_size(part.shape)
             if slope_of_cap is not None:
                 dscores.mul_(slope_of_cap)
-            dscores = folded(dscores)
+            dscores = dscores.view(shape).to(dtype)
             dq_ = _product(dscores, k_[:, keys], scale)
             dq[batch, rows, heads] = _unfold(dq_, batch.stop - batch.start, rows.stop - rows.start)
             _add_product(dk_[:, keys], dscores.transpose(1, 2), q_, scale)
@@ -470,29 +497,6 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: f
         total.baddbmm_(a, b, alpha=scale)
     else:
         total.add_(torch.bmm(a, b), alpha=scale)
-
-
-# Sinks: one more logit in every row's denominator, laid over the result of the keys alone.
-
-
-def _difference_exp(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """exp(x - total), the share of x in a sum whose logarithm is total; 0 where the sum itself is."""
-    return (x - total).exp_().masked_fill_(total == -math.inf, 0.0)
-
-
-def _join_sinks(sinks: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    out.mul_(_difference_exp(lse, total).transpose(-1, -2).unsqueeze(-1))
-    lse.copy_(total)
-
-
-def _sinks_gradient(sinks, out, dout, lse, dlse) -> torch.Tensor:
-    """The sum over rows of p_sink * (dlse - rowsum(out * dout)): the sink has a share of each row, and no value."""
-    share = _difference_exp(sinks.to(lse.dtype)[:, None], lse).transpose(-1, -2)
-    dscore = -(out.to(lse.dtype) * dout.to(lse.dtype)).sum(-1)
-    if dlse is not None:
-        dscore += dlse.transpose(-1, -2)
-    return (share * dscore).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
 
 
 # Dropout: a counter-based mask, so that any chunk can have its part, and the backward the forward's.

@@ -126,6 +126,7 @@ def scaled_dot_product_attention(
         window_right=window_right,
         softmax_scale=scale,
         dropout_p=dropout_p,
+        lse_used=False,
     )
     return _unfold(out.transpose(1, 2), batch_shape)
 

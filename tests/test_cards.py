@@ -1,0 +1,171 @@
+"""Kernel cards: no row of the tile table compiles to something worse than what its golden card says, and the rules hold.
+
+`make test` recompiles the rows whose sources changed and a fixed sample; `make cards-check` (here: marked `more`) recompiles all.
+"""
+
+import json
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs triton")
+
+from fastattn.kernels.tiles import TILES, Config  # noqa: E402
+from fastattn.testing import cards  # noqa: E402
+from fastattn.testing.cards import Job  # noqa: E402
+
+
+@pytest.fixture
+def golden():
+    if cards.comparable() is not None:
+        pytest.skip(cards.comparable())
+    return cards.read_golden()
+
+
+def compiled(jobs):
+    return {name: card for found in cards.compile_all(jobs) for name, card in found.items()}
+
+
+def test_changed_rows_and_a_sample_are_not_worse(golden):
+    changed = cards.changed_jobs(golden)
+    assert len(changed) <= cards.MAX_CHANGED, (
+        f"{len(changed)} of {len(cards.all_jobs())} jobs have other sources or tiles than their golden cards: too many to recompile "
+        "here; `make cards-check` says what got worse, `make cards` rewrites the files"
+    )
+    wrong = cards.judge(compiled(dict.fromkeys([*cards.sample(), *changed])), golden)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.more
+def test_no_row_is_worse(golden):
+    found = compiled(cards.all_jobs())
+    wrong = cards.judge(found, golden)
+    assert not wrong, "\n".join(wrong)
+    assert set(golden) == set(found)
+
+
+def test_golden_cards_satisfy_the_rules_and_cover_the_table(golden):
+    wrong = [what for name, card in golden.items() for what in cards.violations(name, card)]
+    assert not wrong, "\n".join(wrong)
+    rows = {
+        (kernel, part, dtype_class, int(head_dim)) for kernel, part, dtype_class, head_dim, *_ in map(str.split, golden)
+    }
+    assert rows == set(TILES)
+    for flags in cards.FLAGS:
+        assert sum(f" {flags}" in name for name in golden) >= len(TILES)
+    assert sum(name.endswith("dbias") for name in golden) == sum(row[0] == "attention_bwd_dq" for row in TILES)
+    assert {card["triton"].rsplit(".", 1)[0] for card in golden.values()} == {cards.TRITON}
+
+
+def test_the_sample_holds_every_row_with_a_strict_rule():
+    sample = cards.sample()
+    assert len(set(sample)) == len(sample) and set(sample) <= set(cards.all_jobs())
+    assert set(sample) >= {job for job in cards.all_jobs() if job.is_required}
+    assert sum(job.is_required for job in sample) == 2 * 4 * 2  # forward and backward, parts, head dims
+
+
+def test_golden_files_hold_one_card_a_line(tmp_path):
+    written = {
+        f"{kernel} sm80 half 64 plain": {"config": "64x64", "hash": "0", "registers": 1}
+        for kernel in ("attention_fwd", "attention_bwd_dq")
+    }
+    cards.write_golden(written, tmp_path)
+    lines = (tmp_path / "attention_fwd.json").read_text().splitlines()
+    assert lines == ["{", '"attention_fwd sm80 half 64 plain": {"config": "64x64", "hash": "0", "registers": 1}', "}"]
+    assert cards.read_golden(tmp_path) == written
+
+
+NAME = "attention_fwd sm90 half 128 plain"
+GOOD = dict(
+    config="128x128 w8 s2 tma overlap", registers=240, stack=0, local=0, shared=164864, mma={"HGMMA": 48}, tma=11, hot_loop_mma=16,
+    hot_loop_local=0, overlap=0.9,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(stack=8), "8 bytes of spills where none are allowed"),
+        (dict(shared=232449), "shared memory 232449 is over sm90's 232448"),
+        (dict(mma={"HMMA": 48}), "no HGMMA"),
+        (dict(mma={}), "no matrix instructions"),
+        (dict(tma=0), "says tma and there is no TMA load"),
+        (dict(hot_loop_mma=None), "no loop holds a matrix instruction"),
+        (dict(overlap=0.4), "only 0.4 of the exponentials"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_broken_rules_are_named(change, message):
+    assert cards.violations(NAME, GOOD) == []
+    (wrong,) = cards.violations(NAME, GOOD | change)
+    assert wrong.startswith(f"{NAME}: ") and message in wrong
+
+
+def test_rules_of_other_rows_are_looser():
+    spilling = GOOD | dict(stack=100, overlap=0.0)
+    assert cards.violations("attention_fwd sm90 half 128 all", spilling) == []
+    assert cards.violations("attention_fwd sm90 half 256 plain", spilling) == []
+    assert cards.violations("attention_bwd_dq sm90 half 128 plain", GOOD | dict(overlap=0.0)) == []
+    scalar = dict(config="16x16 w8 s1", mma={}, hot_loop_mma=None, overlap=None)
+    assert cards.violations("attention_fwd sm90 single 64 plain", spilling | scalar) == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(stack=8), "stack grew from 0 to 8"),
+        (dict(local=1), "local grew"),
+        (dict(hot_loop_local=1), "hot_loop_local grew"),
+        (dict(shared=164865), "shared grew"),
+        (dict(registers=249), "registers grew from 240 to 249"),
+        (dict(mma={"HMMA": 48}), "matrix instructions were"),
+        (dict(tma=0), "TMA loads are gone"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_worse_figures_are_named(change, message):
+    assert cards.regressions(NAME, GOOD | dict(registers=248, tma=5), GOOD) == []
+    (wrong,) = cards.regressions(NAME, GOOD | change, GOOD)
+    assert wrong.startswith(f"{NAME}: ") and message in wrong
+
+
+def test_a_changed_tile_or_a_missing_card_is_seen(monkeypatch):
+    jobs = {job.row(kernel): job for job in cards.all_jobs() if job.flags == "plain" for kernel in job.kernels}
+    now = {" ".join([*map(str, row), job.flags]): {"hash": cards.job_hash(job)} for row, job in jobs.items()}
+    assert {job.flags for job in cards.changed_jobs(now)} == {"all"}  # those have no card here
+    plain = [
+        job
+        for job in cards.changed_jobs({n: c for n, c in now.items() if n != "attention_bwd_dq sm90 half 256 plain"})
+        if job.flags == "plain"
+    ]
+    assert plain == [Job("attention_bwd", "sm90", "half", 256, "plain")]
+    monkeypatch.setitem(TILES, ("attention_bwd_dkdv", "sm80", "single", 64), Config(16, 16, 4, 3))
+    plain = [job for job in cards.changed_jobs(now) if job.flags == "plain"]
+    assert plain == [Job("attention_bwd", "sm80", "single", 64, "plain")]
+
+
+def test_hash_follows_calls_and_ignores_comments():
+    text = "\n".join(cards._sources(cards.attention_bwd))
+    assert "_gather_queries" in text and "visible_blocks" in text and "\nLENGTHS = [" in text and "\nLOG2E = " in text
+    assert "Add what the query blocks" not in text and "\nTILES" not in text
+
+
+def test_another_triton_is_skipped_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    assert cards.comparable() == "golden cards hold for Triton 3.9, this is 3.6.0"
+    assert cards.main(["--check"]) == 0
+    assert capsys.readouterr().out == "skipped: golden cards hold for Triton 3.9, this is 3.6.0\n"
+
+
+def test_command_outside_a_checkout(tmp_path, capsys):
+    if cards.comparable() is not None:
+        pytest.skip(cards.comparable())
+    assert cards.main(["--check", "--golden", str(tmp_path)]) == 1
+    assert "no golden cards in" in capsys.readouterr().err
+
+
+def test_cards_are_plain_json():
+    """One real job end to end, in this process."""
+    found = cards.compile_cards(Job("attention_fwd", "sm80", "half", 64, "plain"))
+    (card,) = found.values()
+    assert json.loads(json.dumps(found)) == found
+    assert card["config"] == cards.tile(TILES["attention_fwd", "sm80", "half", 64]) and card["mma"]["HMMA"] > 0
