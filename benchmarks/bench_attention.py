@@ -189,13 +189,6 @@ def _figures(shape: Shape, which: str, times: dict[str, Measurement]) -> dict[st
     return figures
 
 
-def _add_percentages(result: dict[str, Any]) -> None:
-    for row in result["rows"]:
-        for figures in row["passes"].values():
-            for figure in figures.values():
-                figure["percent_of_matmul"] = 100 * figure["tflops"] / result["ceilings"]["matmul_tflops"]
-
-
 def measure_overhead(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Microseconds of host time a call costs, on tensors so small that nothing else counts."""
     q, k, v = (torch.randn(1, 16, 1, 64, device=device).to(dtype) for _ in range(3))
@@ -244,30 +237,37 @@ def run(options: argparse.Namespace) -> int:
     builders, absent = peers.available(device)
     builders = {n: b for n, b in builders.items() if n == OURS or re.search(options.peers, n)}
 
+    folder = options.out or _default_folder()
+    folder.mkdir(parents=True, exist_ok=True)
     clock = Clock(device, seconds=0.3 if device.type == "cpu" else 0.15)
-    result: dict[str, Any] = {"op": "attention", "provenance": provenance(device), "absent": absent}
+    result: dict[str, Any] = {"op": "attention", "provenance": provenance(device), "absent": absent, "rows": []}
     with report.progress("attention", len(shapes) + 3) as step:
         step("ceilings: a large matmul, a large copy")
-        before = measure_ceilings(clock, DTYPES[dtype_name])
+        before = result["ceilings"] = measure_ceilings(clock, DTYPES[dtype_name])
         step("overhead of a call")
         result["overhead_us"] = measure_overhead(device, DTYPES[dtype_name])
-        result["rows"] = []
         for shape in shapes:
             step(shape.id(dtype_name))
             result["rows"].append(run_shape(shape, dtype_name, builders, clock, options.passes))
+            _save(result, folder)  # at each row: a run that is cut short leaves what it has
         step("ceilings again: the better of both ends counts")
         after = measure_ceilings(clock, DTYPES[dtype_name])
     result["ceilings"] = {name: max(before[name], after[name]) for name in before}
-    _add_percentages(result)
+    _save(result, folder)
 
-    folder = options.out or _default_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     print_result(result, list(builders), base)
-    (folder / "attention.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"figures: {folder / 'attention.json'}")
     no_plot = plot(result, folder / "attention.png")
     print(f"no plot: {no_plot}" if no_plot else f"plot:    {folder / 'attention.png'}")
     return 0 if all(row["verified"] for row in result["rows"]) else 1
+
+
+def _save(result: dict[str, Any], folder: Path) -> None:
+    for row in result["rows"]:
+        for figures in row["passes"].values():
+            for figure in figures.values():
+                figure["percent_of_matmul"] = 100 * figure["tflops"] / result["ceilings"]["matmul_tflops"]
+    (folder / "attention.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _default_folder() -> Path:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PIPED_WIDTH = 200  # columns of a table that goes to a file or a pipe, where no terminal says how wide it is
+PIPED_WIDTH = 240  # columns of a table that goes to a file or a pipe, where no terminal says how wide it is
 
 
 def missing(*packages: str) -> list[str]:
@@ -40,7 +40,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < left else "right")
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=i == 0, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell[1:], style="bold red") if cell.startswith("!") else Text(cell) for cell in row))
     console.print(table)

@@ -1,7 +1,7 @@
 """fastattn's Triton kernels and their launchers. This folder installs, and imports everywhere, as `fastattn.kernels`.
 
-Read `attention.py` first: a kernel, then the launcher that calls it. Nothing in here knows autograd, torch.library or
-an environment variable.
+Read `attention.py` first: a kernel, then the launcher that calls it. Nothing in here knows autograd, torch.library
+or an environment variable.
 """
 
 if __name__ == "kernels":

@@ -1,14 +1,15 @@
 """Attention forward: out = softmax(softmax_scale·Q·Kᵀ + bias)·V and its log-sum-exp, one program a tile of queries.
 
-Online softmax (arXiv 1805.02867) over blocks of keys. With m_j the running row maximum and s_j the scores of block j in log2 units:
+Online softmax (arXiv 1805.02867) over blocks of keys. With m_j the running row maximum and s_j the scores of block j in
+log2 units:
 
     m_j = max(m_{j−1}, rowmax(s_j));  p_j = exp2(s_j − m_j);  α_j = exp2(m_{j−1} − m_j)
     l_j = α_j·l_{j−1} + rowsum(p_j);  acc_j = α_j·acc_{j−1} + p_j·V_j
     out = acc / l;                    lse = ln 2·(m + log2 l)
 
-Key blocks are walked from the last to the first, so that the blocks a causal mask cuts come first and the state then runs through unmasked
-blocks alone. With OVERLAP (arXiv 2407.08608 §3.2) iteration j issues Q·K_jᵀ and then p_{j+1}·V_{j+1}, whose tensor-core time hides the exponentials of
-block j.
+Key blocks are walked from the last to the first, so that the blocks a causal mask cuts come first and the state then
+runs through unmasked blocks alone. With OVERLAP (arXiv 2407.08608 §3.2) iteration j issues Q·K_jᵀ and then
+p_{j+1}·V_{j+1}, whose tensor-core time hides the exponentials of block j.
 """
 
 import logging
@@ -19,24 +20,37 @@ import triton.language as tl
 
 from .blocks import sequence, visible, visible_blocks
 from .launch import launch, target_of, tma_compatible
-from .primitives import LN2, LOG2E, cast, dot, dropout_keep, load_tile, pack_bits, store_tile, tanh, tile_source, unpack_bits
+from .primitives import (
+    LN2,
+    LOG2E,
+    cast,
+    dot,
+    dropout_keep,
+    load_tile,
+    pack_bits,
+    store_tile,
+    tanh,
+    tile_source,
+    unpack_bits,
+)
 from .tiles import Config, pick_config
 
 log = logging.getLogger("fastattn")
 
 # Lengths, counts and window bounds change from call to call: none of them may choose a compiled variant.
 LENGTHS = [
-    "seqlen_q", "seqlen_k", "total_q", "total_k", "num_heads", "num_blocks", "window_left", "window_right", "stride_bias_b", "stride_bias_h",
-    "stride_slopes_b", "dropout_threshold",
+    "seqlen_q", "seqlen_k", "total_q", "total_k", "num_heads", "num_blocks", "window_left", "window_right",
+    "stride_bias_b", "stride_bias_h", "stride_slopes_b", "dropout_threshold",
 ]  # fmt: skip
 
 
 @triton.jit
 def score(
-    qk, i, j, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, HAS_SLOPES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """A tile of scores in log2 units, and the softcap's tanh (for its derivative), from raw q·k; i and j are broadcastable index tiles.
+    qk, i, j, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap,
+    HAS_SLOPES: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """A tile of scores in log2 units, and the softcap's tanh (for its derivative), from raw q·k; i and j are
+    broadcastable index tiles.
 
     s = softmax_scale·qk;  s = softcap·tanh(s/softcap);  s −= slope·|i + S_k − S_q − j|;  s += bias (or −inf where a bool bias is False)
     """
@@ -70,15 +84,16 @@ def slope_of(slopes_ptr, batch, head, stride_slopes_b):
 
 @triton.jit
 def _attend_blocks(
-    acc, row_max, row_sum, p, q, k_source, v_source, kv_head, first, stop, is_cut, start_m, seqlen_q, seqlen_k, window_left, window_right,
-    stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream,
-    dropout_threshold,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, FOLD_SCALE: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+    acc, row_max, row_sum, p, q, k_source, v_source, kv_head, first, stop, is_cut, start_m, seqlen_q, seqlen_k,
+    window_left, window_right, stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n,
+    slope, qk_scale, softcap, seed, stream, dropout_threshold, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, FOLD_SCALE: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     OVERLAP: tl.constexpr, MASKED: tl.constexpr, PROLOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):
-    """Walk key blocks stop − 1, …, first; MASKED ones are masked if they `is_cut`. With OVERLAP, p holds the weights of the block walked before, whose P·V is still to come."""
+):  # fmt: skip
+    """Walk key blocks stop − 1, …, first; MASKED ones are masked if they `is_cut`. With OVERLAP, p holds the weights
+    of the block walked before, whose P·V is still to come."""
     i = start_m + tl.arange(0, BLOCK_M)[:, None]
     for step in tl.range(first, stop, num_stages=1 if PROLOGUE else None):
         start_n = (first + stop - 1 - step) * BLOCK_N
@@ -92,8 +107,9 @@ def _attend_blocks(
             acc = dot(unpack_bits(p, v.dtype), v, acc, PRECISION)
         if not FOLD_SCALE:
             s, _ = score(
-                s, i, j, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, HAS_SLOPES, HAS_SOFTCAP
-            )
+                s, i, j, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap,
+                HAS_SLOPES, HAS_SOFTCAP,
+            )  # fmt: skip
         if MASKED:
             if is_cut:
                 s = tl.where(visible(i, j, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
@@ -131,7 +147,8 @@ def _attention_fwd_kernel(
 ):
     """One tile of BLOCK_M queries of one head; the formula is at the top of this file.
 
-    Within a head the tiles go from the last to the first: under a causal mask the last has the most keys, and the longest work goes first.
+    Within a head the tiles go from the last to the first: under a causal mask the last has the most keys, and the
+    longest work goes first.
     """
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
     HAS_DROPOUT: tl.constexpr = seed_ptr is not None
@@ -147,14 +164,17 @@ def _attention_fwd_kernel(
     num_kv_heads = num_heads // GROUP_SIZE
     kv_head = head // GROUP_SIZE
     q_source = tile_source(
-        q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA
-    )
+        q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D,
+        USE_TMA,
+    )  # fmt: skip
     k_source = tile_source(
-        k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
-    )
+        k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D,
+        USE_TMA,
+    )  # fmt: skip
     v_source = tile_source(
-        v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA
-    )
+        v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV,
+        USE_TMA,
+    )  # fmt: skip
     bias_base = bias_ptr
     if bias_ptr is not None:
         bias_base += tl.cast(batch, tl.int64) * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
@@ -184,10 +204,12 @@ def _attention_fwd_kernel(
             first, stop = begin, full_begin
         if (stage != 0 or OVERLAP) and (stage != 1 or HAS_RIGHT or not OVERLAP) and (stage != 3 or HAS_LEFT):
             acc, row_max, row_sum, p = _attend_blocks(
-                acc, row_max, row_sum, p, q, k_source, v_source, kv_head, first, stop, last_is_cut if stage == 0 else True, start_m, len_q, len_k,
-                window_left, window_right, stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale,
-                softcap, seed, batch * num_heads + head, dropout_threshold, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT, FOLD_SCALE, PRECISION,
-                USE_TMA, OVERLAP, stage != 2, stage == 0, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                acc, row_max, row_sum, p, q, k_source, v_source, kv_head, first, stop,
+                last_is_cut if stage == 0 else True, start_m, len_q, len_k, window_left, window_right, stride_ks,
+                stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap,
+                seed, batch * num_heads + head, dropout_threshold, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT,
+                HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT, FOLD_SCALE, PRECISION, USE_TMA, OVERLAP, stage != 2, stage == 0,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     if OVERLAP:
         v = load_tile(
@@ -222,11 +244,12 @@ def _attention_fwd_kernel(
 
 
 class Problem:
-    """What the forward and backward launchers derive from an op's arguments: sizes, strides, and which features are compiled in."""
+    """What the forward and backward launchers derive from an op's arguments: sizes, strides, and which features are
+    compiled in."""
 
     def __init__(
-        self, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left,
-        window_right, softmax_scale, softcap, dropout_p,
+        self, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, window_left, window_right, softmax_scale, softcap, dropout_p,
     ):  # fmt: skip
         self.packed = cu_seqlens_q is not None
         self.num_heads, self.head_dim = q.shape[-2:]
@@ -271,7 +294,8 @@ class Problem:
             HAS_LEFT=has_left,
             HAS_RIGHT=has_right,
             HAS_SOFTCAP=softcap > 0.0,
-            # scale·max(x) = max(scale·x) needs a positive scale, and folding it past the maximum needs scores that nothing else changes
+            # scale·max(x) = max(scale·x) needs a positive scale, and folding it past the maximum needs scores that
+            # nothing else changes
             FOLD_SCALE=softmax_scale > 0.0 and softcap == 0.0 and slopes is None and attn_bias is None,
             PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
             BLOCK_D=max(16, triton.next_power_of_2(self.head_dim)),
@@ -288,7 +312,8 @@ class Problem:
         return pick_config(kernel, *target_of(tensor), head_dim, tensor.element_size(), plain)
 
     def new(self, *shape: int, like: torch.Tensor, dtype: torch.dtype | None = None, fill: float = 0.0) -> torch.Tensor:
-        """An output. Packed tensors may have rows that belong to no sequence, which no program writes: those keep `fill`."""
+        """An output. Packed tensors may have rows that belong to no sequence, which no program writes: those keep
+        `fill`."""
         dtype = like.dtype if dtype is None else dtype
         if self.packed:
             return torch.full(shape, fill, dtype=dtype, device=like.device)
@@ -317,12 +342,13 @@ def tiling(config: Config, *tensors: torch.Tensor) -> dict:
 
 
 def attention_fwd(
-    q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left,
-    window_right, softmax_scale, softcap, dropout_p, config: Config | None = None,
+    q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    window_left, window_right, softmax_scale, softcap, dropout_p, config: Config | None = None,
 ):  # fmt: skip
     """Launch the forward kernel; the arguments are the op's. Returns (out, lse).
 
-    q (B, S_q, H, D), k (B, S_k, H_kv, D), v (B, S_k, H_kv, D_v), or packed (T, …); attn_bias has four dims; last dims are contiguous.
+    q (B, S_q, H, D), k (B, S_k, H_kv, D), v (B, S_k, H_kv, D_v), or packed (T, …); attn_bias has four dims; last
+    dims are contiguous.
     """
     problem = Problem(
         q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left,

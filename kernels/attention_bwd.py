@@ -1,4 +1,5 @@
-"""Attention backward: recompute P from the saved log-sum-exp, one pass for dK and dV, one for dQ, one for dbias. No atomics.
+"""Attention backward: recompute P from the saved log-sum-exp, one pass for dK and dV, one for dQ, one for dbias. No
+atomics.
 
 With s the scores in natural units, p = exp(s − lse), keep the dropout mask and r = 1/(1 − dropout_p):
 
@@ -7,10 +8,11 @@ With s the scores in natural units, p = exp(s − lse), keep the dropout mask an
     dbias = ds                         ds_raw = ds·(1 − tanh²) under a softcap
     dq = softmax_scale·ds_raw·k        dk = softmax_scale·ds_rawᵀ·q      dsink = −Σ exp(sink − lse)·delta
 
-A sink sums delta over thousands of rows, where the rounding of the stored `out` would show: with sinks the dQ pass recomputes
-rowsum(dout∘out) in fp32, as rowsum(p∘dp).
+A sink sums delta over thousands of rows, where the rounding of the stored `out` would show: with sinks the dQ pass
+recomputes rowsum(dout∘out) in fp32, as rowsum(p∘dp).
 
-dK and dV are computed with keys as rows, Sᵀ = K·Qᵀ, so that P and dS are left operands of their matmuls and stay in registers.
+dK and dV are computed with keys as rows, Sᵀ = K·Qᵀ, so that P and dS are left operands of their matmuls and stay in
+registers.
 """
 
 import logging
@@ -34,7 +36,8 @@ def _attention_bwd_delta_kernel(
     stride_dob, stride_dos, stride_doh, stride_dod, stride_dlse_b, stride_dlse_h, stride_dlse_s,
     HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout∘out) − dlse, and lse in log2 units with +inf for empty rows, so that exp2(s − lse2) is 0 there."""
+    """delta = rowsum(dout∘out) − dlse, and lse in log2 units with +inf for empty rows, so that exp2(s − lse2) is 0
+    there."""
     program = tl.program_id(0)
     rows = (program % num_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     batch = (program // num_blocks // num_heads).to(tl.int64)
@@ -66,13 +69,15 @@ def row_base(ptr, batch, head, start_q, seqlen_q, total_q, num_heads, PACKED: tl
 
 @triton.jit
 def probabilities(
-    qk, lse2, i, j, seqlen_q, seqlen_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-):
+    qk, lse2, i, j, seqlen_q, seqlen_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n, slope,
+    qk_scale, softcap, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """p = exp2(s − lse2) of a tile, and the softcap's tanh; lse2 broadcasts along the keys."""
     s, capped = score(
-        qk, i, j, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, HAS_SLOPES, HAS_SOFTCAP
-    )
+        qk, i, j, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, HAS_SLOPES,
+        HAS_SOFTCAP,
+    )  # fmt: skip
     p = tl.exp2(s - lse2)
     if MASKED:
         p = tl.where(visible(i, j, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT), p, 0.0)
@@ -91,10 +96,11 @@ def score_gradient(p, dp, delta, capped, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _gather_queries(
-    dk, dv, k, v, q_source, dout_source, head, lse2_base, delta_base, first, stop, start_n, seqlen_q, seqlen_k, window_left,
-    window_right, stride_qs, stride_qh, stride_dos, stride_doh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream, dropout_threshold,
-    dropout_scale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+    dk, dv, k, v, q_source, dout_source, head, lse2_base, delta_base, first, stop, start_n, seqlen_q, seqlen_k,
+    window_left, window_right, stride_qs, stride_qh, stride_dos, stride_doh, bias_base, stride_bias_m, stride_bias_n,
+    slope, qk_scale, softcap, seed, stream, dropout_threshold, dropout_scale, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -111,8 +117,8 @@ def _gather_queries(
         lse2 = tl.load(lse2_base + rows, mask=rows < seqlen_q, other=float("inf"))[None, :]
         qk = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         p, capped = probabilities(
-            qk, lse2, i, j, seqlen_q, seqlen_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale,
-            softcap, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, MASKED,
+            qk, lse2, i, j, seqlen_q, seqlen_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n,
+            slope, qk_scale, softcap, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, MASKED,
         )  # fmt: skip
         if HAS_DROPOUT:
             keep = tl.trans(dropout_keep(seed, stream, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N))
@@ -144,7 +150,8 @@ def _attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     """One tile of BLOCK_N keys of one key/value head, summed over its group of query heads.
 
-    Under a causal mask the first keys are seen by the most queries, so tiles in ascending order start the longest work first.
+    Under a causal mask the first keys are seen by the most queries, so tiles in ascending order start the longest
+    work first.
     """
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
     HAS_DROPOUT: tl.constexpr = seed_ptr is not None
@@ -160,20 +167,24 @@ def _attention_bwd_dkdv_kernel(
         return
 
     q_source = tile_source(
-        q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA
-    )
+        q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D,
+        USE_TMA,
+    )  # fmt: skip
     dout_source = tile_source(
-        dout_ptr, batch, start_q, num_heads, len_q, stride_dob, stride_dos, stride_doh, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA
-    )
+        dout_ptr, batch, start_q, num_heads, len_q, stride_dob, stride_dos, stride_doh, stride_dod, HEAD_DIM_V, BLOCK_M,
+        BLOCK_DV, USE_TMA,
+    )  # fmt: skip
     k_source = tile_source(
-        k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
-    )
+        k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D,
+        USE_TMA,
+    )  # fmt: skip
     k = load_tile(k_source, kv_head, start_n, len_k, stride_ks, stride_kh, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, True)
     v = k
     if WANT_DK:
         v_source = tile_source(
-            v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA
-        )
+            v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N,
+            BLOCK_DV, USE_TMA,
+        )  # fmt: skip
         v = load_tile(v_source, kv_head, start_n, len_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -198,10 +209,12 @@ def _attention_bwd_dkdv_kernel(
                 first, stop = full_end, end
             if HAS_RIGHT if stage == 0 else True:
                 dk, dv = _gather_queries(
-                    dk, dv, k, v, q_source, dout_source, head, lse2_base, delta_base, first, stop, start_n, len_q, len_k, window_left,
-                    window_right, stride_qs, stride_qh, stride_dos, stride_doh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale,
-                    softcap, seed, batch * num_heads + head, dropout_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES,
-                    HAS_SOFTCAP, HAS_DROPOUT, PRECISION, USE_TMA, WANT_DK, WANT_DV, stage != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    dk, dv, k, v, q_source, dout_source, head, lse2_base, delta_base, first, stop, start_n, len_q,
+                    len_k, window_left, window_right, stride_qs, stride_qh, stride_dos, stride_doh, bias_base,
+                    stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, batch * num_heads + head,
+                    dropout_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES,
+                    HAS_SOFTCAP, HAS_DROPOUT, PRECISION, USE_TMA, WANT_DK, WANT_DV, stage != 1, BLOCK_M, BLOCK_N,
+                    BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
 
     kv_row = (start_k.to(tl.int64) if PACKED else batch.to(tl.int64) * seqlen_k) * num_kv_heads + kv_head
@@ -213,10 +226,11 @@ def _attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _gather_keys(
-    dq, p_dp, q, dout, lse2, delta, k_source, v_source, kv_head, first, stop, start_m, seqlen_q, seqlen_k, window_left, window_right,
-    stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, stream, dropout_threshold, dropout_scale,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, WANT_P_DP: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+    dq, p_dp, q, dout, lse2, delta, k_source, v_source, kv_head, first, stop, start_m, seqlen_q, seqlen_k, window_left,
+    window_right, stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale,
+    softcap, seed, stream, dropout_threshold, dropout_scale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, WANT_P_DP: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Add what the key blocks [first, stop) give to a tile of dQ, and to rowsum(p∘dp) where it is wanted."""
@@ -229,8 +243,8 @@ def _gather_keys(
         qk = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         p, capped = probabilities(
-            qk, lse2, i, j, seqlen_q, seqlen_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale,
-            softcap, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, MASKED,
+            qk, lse2, i, j, seqlen_q, seqlen_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n,
+            slope, qk_scale, softcap, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, MASKED,
         )  # fmt: skip
         if HAS_DROPOUT:
             keep = dropout_keep(seed, stream, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
@@ -244,7 +258,8 @@ def _gather_keys(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, seed_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, p_dp_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, slopes_ptr, seed_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr,
+    p_dp_ptr,
     seqlen_q, seqlen_k, total_q, total_k, num_heads, num_blocks, window_left, window_right,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_dob, stride_dos, stride_doh, stride_dod, stride_bias_b, stride_bias_h, stride_bias_m, stride_bias_n, stride_slopes_b,
@@ -269,17 +284,21 @@ def _attention_bwd_dq_kernel(
     num_kv_heads = num_heads // GROUP_SIZE
     kv_head = head // GROUP_SIZE
     q_source = tile_source(
-        q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA
-    )
+        q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D,
+        USE_TMA,
+    )  # fmt: skip
     dout_source = tile_source(
-        dout_ptr, batch, start_q, num_heads, len_q, stride_dob, stride_dos, stride_doh, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA
-    )
+        dout_ptr, batch, start_q, num_heads, len_q, stride_dob, stride_dos, stride_doh, stride_dod, HEAD_DIM_V, BLOCK_M,
+        BLOCK_DV, USE_TMA,
+    )  # fmt: skip
     k_source = tile_source(
-        k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
-    )
+        k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D,
+        USE_TMA,
+    )  # fmt: skip
     v_source = tile_source(
-        v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA
-    )
+        v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV,
+        USE_TMA,
+    )  # fmt: skip
     q = load_tile(q_source, head, start_m, len_q, stride_qs, stride_qh, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, True)
     dout = load_tile(dout_source, head, start_m, len_q, stride_dos, stride_doh, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, True)
     rows = start_m + tl.arange(0, BLOCK_M)
@@ -306,9 +325,10 @@ def _attention_bwd_dq_kernel(
             first, stop = full_end, end
         if HAS_LEFT if stage == 0 else True:
             dq, p_dp = _gather_keys(
-                dq, p_dp, q, dout, lse2, delta, k_source, v_source, kv_head, first, stop, start_m, len_q, len_k, window_left, window_right,
-                stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m, stride_bias_n, slope, qk_scale, softcap, seed, batch * num_heads + head,
-                dropout_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT,
+                dq, p_dp, q, dout, lse2, delta, k_source, v_source, kv_head, first, stop, start_m, len_q, len_k,
+                window_left, window_right, stride_ks, stride_kh, stride_vs, stride_vh, bias_base, stride_bias_m,
+                stride_bias_n, slope, qk_scale, softcap, seed, batch * num_heads + head, dropout_threshold,
+                dropout_scale, HEAD_DIM, HEAD_DIM_V, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, HAS_DROPOUT,
                 p_dp_ptr is not None, PRECISION, USE_TMA, stage != 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     if p_dp_ptr is not None:
@@ -330,10 +350,11 @@ def _attention_bwd_dbias_kernel(
     HAS_SOFTCAP: tl.constexpr, FOLD_SCALE: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient of a contiguous (bias_b, bias_h, bias_m, bias_n) bias: the sum of ds over everything the tile was broadcast to.
+    """One tile of the gradient of a contiguous (bias_b, bias_h, bias_m, bias_n) bias: the sum of ds over everything the
+    tile was broadcast to.
 
-    A dim of size 1 is summed over its whole range by this one program, in a fixed order: deterministic, and no S_q × S_k buffer beyond
-    the gradient itself.
+    A dim of size 1 is summed over its whole range by this one program, in a fixed order: deterministic, and no S_q ×
+    S_k buffer beyond the gradient itself.
     """
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
     HAS_DROPOUT: tl.constexpr = seed_ptr is not None
@@ -362,21 +383,24 @@ def _attention_bwd_dbias_kernel(
             num_kv_heads = num_heads // GROUP_SIZE
             kv_head = head // GROUP_SIZE
             q_source = tile_source(
-                q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA
-            )
+                q_ptr, batch, start_q, num_heads, len_q, stride_qb, stride_qs, stride_qh, 1, HEAD_DIM, BLOCK_M, BLOCK_D,
+                USE_TMA,
+            )  # fmt: skip
             k_source = tile_source(
-                k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
-            )
+                k_ptr, batch, start_k, num_kv_heads, len_k, stride_kb, stride_ks, stride_kh, 1, HEAD_DIM, BLOCK_N,
+                BLOCK_D, USE_TMA,
+            )  # fmt: skip
             q = load_tile(q_source, head, start_m, len_q, stride_qs, stride_qh, HEAD_DIM, BLOCK_M, BLOCK_D, USE_TMA, True)
             k = load_tile(k_source, kv_head, start_n, len_k, stride_ks, stride_kh, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, True)
             qk = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             dout_source = tile_source(
-                dout_ptr, batch, start_q, num_heads, len_q, stride_dob, stride_dos, stride_doh, stride_dod, HEAD_DIM_V, BLOCK_M, BLOCK_DV,
-                USE_TMA,
+                dout_ptr, batch, start_q, num_heads, len_q, stride_dob, stride_dos, stride_doh, stride_dod, HEAD_DIM_V,
+                BLOCK_M, BLOCK_DV, USE_TMA,
             )  # fmt: skip
             v_source = tile_source(
-                v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA
-            )
+                v_ptr, batch, start_k, num_kv_heads, len_k, stride_vb, stride_vs, stride_vh, 1, HEAD_DIM_V, BLOCK_N,
+                BLOCK_DV, USE_TMA,
+            )  # fmt: skip
             dout = load_tile(dout_source, head, start_m, len_q, stride_dos, stride_doh, HEAD_DIM_V, BLOCK_M, BLOCK_DV, USE_TMA, True)
             v = load_tile(v_source, kv_head, start_n, len_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
             dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
@@ -390,8 +414,9 @@ def _attention_bwd_dbias_kernel(
             if bias_ptr is not None:
                 bias_base += tl.cast(batch, tl.int64) * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
             p, capped = probabilities(
-                qk, lse2, rows[:, None], j, len_q, len_k, window_left, window_right, bias_base, stride_bias_m, stride_bias_n,
-                slope_of(slopes_ptr, batch, head, stride_slopes_b), qk_scale, softcap, HAS_LEFT, HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, True,
+                qk, lse2, rows[:, None], j, len_q, len_k, window_left, window_right, bias_base, stride_bias_m,
+                stride_bias_n, slope_of(slopes_ptr, batch, head, stride_slopes_b), qk_scale, softcap, HAS_LEFT,
+                HAS_RIGHT, HAS_SLOPES, HAS_SOFTCAP, True,
             )  # fmt: skip
             if HAS_DROPOUT:
                 keep = dropout_keep(seed, batch * num_heads + head, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
@@ -410,8 +435,9 @@ def _attention_bwd_dbias_kernel(
 
 
 def attention_bwd(
-    dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, out, lse, max_seqlen_q, max_seqlen_k,
-    window_left, window_right, softmax_scale, softcap, dropout_p, bias_grad, configs: dict[str, Config] | None = None,
+    dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, out, lse,
+    max_seqlen_q, max_seqlen_k, window_left, window_right, softmax_scale, softcap, dropout_p, bias_grad,
+    configs: dict[str, Config] | None = None,
 ):  # fmt: skip
     """Launch the backward kernels; the arguments are the op's. Returns (dq, dk, dv, dbias or None, dsinks or None).
 

@@ -4,8 +4,9 @@ Positions are aligned to the bottom right: row i of a matrix with num_rows rows 
 
     i + offset − left ≤ j ≤ i + offset + right,    offset = num_cols − num_rows,
 
-where a side without a bound is switched off by its HAS_ flag, and bounds may be negative. Transposed (columns looking for the rows
-that see them), the same holds with the two lengths and the two bounds swapped, so forward, dQ, dK and dV share this arithmetic.
+where a side without a bound is switched off by its HAS_ flag, and bounds may be negative. Transposed (columns
+looking for the rows that see them), the same holds with the two lengths and the two bounds swapped, so forward, dQ,
+dK and dV share this arithmetic.
 """
 
 import triton
@@ -14,8 +15,8 @@ import triton.language as tl
 
 @triton.jit
 def sequence(cu_seqlens_ptr, batch, seqlen, total):
-    """(start, length) of one sequence. Packed, values are clamped into the tensor, so that no content of cu_seqlens can make a kernel
-    read or write outside it; `seqlen` is the longest length then."""
+    """(start, length) of one sequence. Packed, values are clamped into the tensor, so that no content of cu_seqlens
+    can make a kernel read or write outside it; `seqlen` is the longest length then."""
     if cu_seqlens_ptr is None:
         return batch * 0, batch * 0 + seqlen
     else:
@@ -26,10 +27,11 @@ def sequence(cu_seqlens_ptr, batch, seqlen, total):
 
 @triton.jit
 def visible_blocks(
-    row, num_rows, num_cols, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
-):
-    """(begin, full_begin, full_end, end): the column blocks [begin, end) hold every column that a row of [row, row + BLOCK_ROWS) sees,
-    and in [full_begin, full_end) every row sees every column, so those need no mask."""
+    row, num_rows, num_cols, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """(begin, full_begin, full_end, end): the column blocks [begin, end) hold every column that a row of [row, row +
+    BLOCK_ROWS) sees, and in [full_begin, full_end) every row sees every column, so those need no mask."""
     offset = num_cols - num_rows
     last_row = tl.minimum(row + BLOCK_ROWS, num_rows) - 1
     begin = row * 0

@@ -27,8 +27,8 @@ def _device_target(index: int) -> Target:
 
 
 def target_of(tensor: torch.Tensor) -> Target:
-    """The part this tensor's kernels run on. A CPU tensor is either interpreted, as a Hopper part, or belongs to whatever target
-    Triton's active driver names, so that the launch path can be exercised without a GPU."""
+    """The part this tensor's kernels run on. A CPU tensor is either interpreted, as a Hopper part, or belongs to
+    whatever target Triton's active driver names, so that the launch path can be exercised without a GPU."""
     if tensor.is_cuda:
         return _device_target(tensor.device.index)
     if interpreted():
@@ -39,9 +39,9 @@ def target_of(tensor: torch.Tensor) -> Target:
 
 
 def tma_compatible(tensor: torch.Tensor) -> bool:
-    """True where a TMA descriptor can be made over (heads, rows, cols) of a (…, rows, heads, cols) tensor from any row of any batch: 16-byte
-    aligned starts, strides of rows and heads that are positive multiples of 16 bytes, contiguous cols of which there are at most 256,
-    nothing empty."""
+    """True where a TMA descriptor can be made over (heads, rows, cols) of a (…, rows, heads, cols) tensor from any
+    row of any batch: 16-byte aligned starts, strides of rows and heads that are positive multiples of 16 bytes,
+    contiguous cols of which there are at most 256, nothing empty."""
     itemsize = tensor.element_size()
     *batch, row, head, col = zip(tensor.shape, tensor.stride(), strict=True)
     return (
@@ -61,9 +61,9 @@ def _allocator(device: torch.device):
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:
     """Run `kernel[grid](*args, **meta)` on `device`.
 
-    Device-side descriptors take scratch memory from Triton's allocator, a ContextVar that autograd's device threads do not inherit, so it
-    is set here, at each launch, in the thread that launches. fp fusion is named because Triton 3.10 turns its default off and the
-    kernels count on a·b + c being one instruction.
+    Device-side descriptors take scratch memory from Triton's allocator, a ContextVar that autograd's device threads
+    do not inherit, so it is set here, at each launch, in the thread that launches. fp fusion is named because Triton
+    3.10 turns its default off and the kernels count on a·b + c being one instruction.
     """
     if 0 in grid:
         return

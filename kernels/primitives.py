@@ -1,6 +1,7 @@
 """The vocabulary the kernels are written in: rounding, dots, tiles in and out of memory, and the dropout mask.
 
-What the interpreter cannot do (bfloat16 arithmetic, inline assembly) is kept behind these names, so that kernels stay clean.
+What the interpreter cannot do (bfloat16 arithmetic, inline assembly) is kept behind these names, so that kernels
+stay clean.
 """
 
 import triton
@@ -26,7 +27,8 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b in fp32. The interpreter has no bf16 arithmetic, so it multiplies in fp32 (exact products either way)."""
+    """acc + a·b in fp32. The interpreter has no bf16 arithmetic, so it multiplies in fp32 (exact products either
+    way)."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -35,8 +37,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def pack_bits(x):
-    """A 16-bit float tile as int16, any other as it is. Carried through a loop as bits, a matmul operand stays in registers;
-    carried as floats the compiler sends it through shared memory."""
+    """A 16-bit float tile as int16, any other as it is. Carried through a loop as bits, a matmul operand stays in
+    registers; carried as floats the compiler sends it through shared memory."""
     if x.dtype.primitive_bitwidth == 16:
         x = x.to(tl.int16, bitcast=True)
     return x
@@ -70,9 +72,11 @@ def tile_source(
     ptr, batch, start, num_heads, num_rows, stride_batch, stride_row, stride_head, stride_col, NUM_COLS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Where `load_tile` reads (BLOCK_ROWS, BLOCK_COLS) tiles of one sequence, num_rows rows from row `start` of `batch`, for any head.
+    """Where `load_tile` reads (BLOCK_ROWS, BLOCK_COLS) tiles of one sequence, num_rows rows from row `start` of
+    `batch`, for any head.
 
-    A TMA descriptor over (heads, rows, cols), or the pointers of the tile at head 0 and row 0: either way made once, outside all loops.
+    A TMA descriptor over (heads, rows, cols), or the pointers of the tile at head 0 and row 0: either way made once,
+    outside all loops.
     """
     base = ptr + tl.cast(batch, tl.int64) * stride_batch + tl.cast(start, tl.int64) * stride_row
     if USE_TMA:
@@ -87,10 +91,11 @@ def tile_source(
 
 @triton.jit
 def load_tile(
-    source, head, row, num_rows, stride_row, stride_head, NUM_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    USE_TMA: tl.constexpr, CHECK_ROWS: tl.constexpr,
+    source, head, row, num_rows, stride_row, stride_head, NUM_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, USE_TMA: tl.constexpr, CHECK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows row … row + BLOCK_ROWS of one head of a `tile_source`, zero outside. CHECK_ROWS=False promises that no row is outside."""
+    """Rows row … row + BLOCK_ROWS of one head of a `tile_source`, zero outside. CHECK_ROWS=False promises that no
+    row is outside."""
     if USE_TMA:
         return source.load([head, row, 0]).reshape(BLOCK_ROWS, BLOCK_COLS)
     else:
@@ -117,8 +122,9 @@ def store_tile(base, tile, row, num_rows, stride_row, NUM_COLS: tl.constexpr, BL
 def dropout_keep(seed, stream, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """The (BLOCK_ROWS, BLOCK_COLS) dropout mask at (row, col) of one head, True = kept.
 
-    Philox-4x32-10 (Salmon et al., SC 2011) at counter (col // 4, row, stream, 0) gives the words of four columns, so the mask does not depend
-    on the tile that asks for it. A word w is kept iff w ≥ p·2^32; both sides are shifted by 2^31 to compare as int32. col % 4 == 0.
+    Philox-4x32-10 (Salmon et al., SC 2011) at counter (col // 4, row, stream, 0) gives the words of four columns, so
+    the mask does not depend on the tile that asks for it. A word w is kept iff w ≥ p·2^32; both sides are shifted by
+    2^31 to compare as int32. col % 4 == 0.
     """
     rows = row + tl.arange(0, BLOCK_ROWS)[:, None]
     groups = col // 4 + tl.arange(0, BLOCK_COLS // 4)[None, :]

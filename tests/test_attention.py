@@ -427,8 +427,8 @@ def test_strides(layout):
 
 def test_upstream_gradients_may_be_expanded_or_transposed():
     q, k, v = (torch.randn(1, 40, 2, 16, requires_grad=True) for _ in range(3))
+    weight = torch.randn(1, 16, 2, 40)
     for of in (lambda out: out.sum(), lambda out: (out.transpose(1, 3) * weight).sum()):
-        weight = torch.randn(1, 16, 2, 40)
         grads = torch.autograd.grad(of(fastattn.attention(q, k, v, causal=True)), (q, k, v))
         expected = torch.autograd.grad(of(reference(q, k, v, causal=True)), (q, k, v))
         for got, want in zip(grads, expected, strict=True):

@@ -88,7 +88,7 @@ def test_dropout_scales_what_is_kept():
 
 def test_gradients_match_finite_differences():
     q, k, v = inputs(3, 4, requires_grad=True)
-    bias = torch.randn(1, S_K - S_Q + 1, 4, dtype=torch.float64)[:, :1].requires_grad_()
+    bias = torch.randn(1, 1, 4, dtype=torch.float64, requires_grad=True)
     sinks = torch.randn(H, dtype=torch.float64, requires_grad=True)
     slopes = torch.rand(H)
 
@@ -146,7 +146,7 @@ def test_stays_in_the_inputs_dtype(dtype):
     q, k, v = inputs(dtype=dtype)
     out, lse = reference.attention(q, k, v, sinks=torch.randn(H), alibi_slopes=torch.rand(H), return_lse=True)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    large = torch.full((1, 2, 1, D), 200.0, dtype=dtype)  # q k^T alone is 320000, past float16's largest
+    large = torch.full((1, 2, 1, D), 100.0, dtype=dtype)  # q k^T alone is 80000, past float16's largest
     assert reference.attention(large, large, large).isfinite().all()
 
 

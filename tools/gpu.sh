@@ -3,7 +3,7 @@
 #   PYTHON  the interpreter to use as it is: needs torch and triton, whatever else is absent is named      (default python3)
 #   OUT     where results go                                                                               (default benchmarks/results/local)
 #   COMMIT  the commit to name in the results where there is no .git
-# Nothing is downloaded, and nothing outside build/gpu and OUT is written.
+# Nothing is downloaded, nothing is installed into that Python; build/ and OUT are written.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -42,7 +42,7 @@ print("absent, and done without:", ", ".join(absent(tools + peers)) or "nothing"
 PY
 
 # Install beside that Python, not into it, and keep the checkout off sys.path so that what runs is what was installed.
-rm -rf build/gpu
+rm -rf build
 if "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-build-isolation --target build/gpu .; then
   export PYTHONPATH=$PWD/build/gpu${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 else

@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     (folder / f"{name}.{stage}").write_text(launched.compiled.asm[stage], encoding="utf-8")
                 (folder / f"{name}.sass").write_text(disassemble(launched.compiled.asm["cubin"]), encoding="utf-8")
                 card = read_card(launched.compiled)
-                figures = ", ".join(f"{card[key]} {what}" for key, what in (("registers", "registers"), ("stack", "bytes of stack"), ("shared", "bytes of shared memory")))
-                print(f"{launched.name}: {figures}")
+                print(
+                    f"{launched.name}: {card['registers']} registers, {card['stack']} bytes of stack, "
+                    f"{card['shared']} bytes of shared memory"
+                )
         print(f"written to {folder}/")
     return 0
