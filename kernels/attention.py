@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .blocks import sequence, visible, visible_blocks
-from .launch import launch, target_of, tma_compatible
+from .launch import interpreted, launch, target_of, tma_compatible
 from .primitives import (
     LN2,
     LOG2E,
@@ -309,7 +309,9 @@ class Problem:
     def config(self, kernel: str, tensor: torch.Tensor) -> Config:
         head_dim = max(self.head_dim, self.head_dim_v)
         plain = self.shared["FOLD_SCALE"] and self.shared["seed_ptr"] is None
-        return pick_config(kernel, *target_of(tensor), head_dim, tensor.element_size(), plain)
+        # The interpreter has no registers to run out of and pays by the tile: float32 takes the large tiles there too.
+        itemsize = 2 if interpreted() else tensor.element_size()
+        return pick_config(kernel, *target_of(tensor), head_dim, itemsize, plain)
 
     def new(self, *shape: int, like: torch.Tensor, dtype: torch.dtype | None = None, fill: float = 0.0) -> torch.Tensor:
         """An output. Packed tensors may have rows that belong to no sequence, which no program writes: those keep

@@ -8,8 +8,8 @@ With s the scores in natural units, p = exp(s − lse), keep the dropout mask an
     dbias = ds                         ds_raw = ds·(1 − tanh²) under a softcap
     dq = softmax_scale·ds_raw·k        dk = softmax_scale·ds_rawᵀ·q      dsink = −Σ exp(sink − lse)·delta
 
-A sink sums delta over thousands of rows, where the rounding of the stored `out` would show: with sinks the dQ pass
-recomputes rowsum(dout∘out) in fp32, as rowsum(p∘dp).
+dsink and a broadcast dbias sum delta over thousands of entries, where the rounding of the stored `out` would show: for
+them the dQ pass recomputes rowsum(dout∘out) in fp32, as rowsum(p∘dp).
 
 dK and dV are computed with keys as rows, Sᵀ = K·Qᵀ, so that P and dS are left operands of their matmuls and stay in
 registers.
@@ -480,13 +480,16 @@ def attention_bwd(
         )  # fmt: skip
 
     dq = problem.new(*q.shape, like=q)
-    p_dp = problem.new(*lse.shape, like=lse) if sinks is not None else None
+    p_dp = problem.new(*lse.shape, like=lse) if sinks is not None or bias_grad else None
     config = config_of("attention_bwd_dq")
     num_blocks = triton.cdiv(max_seqlen_q, config.BLOCK_M)
     launch(
         _attention_bwd_dq_kernel, check_grid(num_blocks * problem.batch * num_heads), q.device,
         **tensors, dq_ptr=dq, p_dp_ptr=p_dp, num_blocks=num_blocks, softmax_scale=softmax_scale, **shared, **tiling(config, q, k, v, dout),
     )  # fmt: skip
+
+    if p_dp is not None:
+        tensors["delta_ptr"] = delta = p_dp if dlse is None else (p_dp - dlse).contiguous()
 
     dbias = None
     if bias_grad:
@@ -505,7 +508,6 @@ def attention_bwd(
         # A row whose lse is −inf (its sink too) has no weight.
         per_head = sinks.float().unsqueeze(-1)  # (H, 1) against (B, H, S_q) or (H, T_q)
         weight = torch.exp(per_head - lse).where(lse != float("-inf"), 0.0)
-        gradient = weight * (p_dp if dlse is None else p_dp - dlse)
-        dsinks = -gradient.sum(-1)
+        dsinks = -(weight * delta).sum(-1)
         dsinks = (dsinks.sum(0) if dsinks.dim() == 2 else dsinks).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks

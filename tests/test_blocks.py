@@ -7,7 +7,27 @@ import itertools
 import pytest
 import torch
 
+triton = pytest.importorskip("triton", reason="needs triton")
+import triton.language as tl  # noqa: E402
+
+from fastattn.kernels.blocks import visible_blocks  # noqa: E402
+
 pytestmark = pytest.mark.interpret
+
+
+@triton.jit
+def _kernel(
+    out_ptr, num_rows, num_cols, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    begin, full_begin, full_end, end = visible_blocks(
+        block * ROWS, num_rows, num_cols, left, right, HAS_LEFT, HAS_RIGHT, ROWS, COLS
+    )
+    tl.store(out_ptr + block * 4, begin)
+    tl.store(out_ptr + block * 4 + 1, full_begin)
+    tl.store(out_ptr + block * 4 + 2, full_end)
+    tl.store(out_ptr + block * 4 + 3, end)
 
 
 def _mask(rows, cols, left, right):
@@ -26,27 +46,11 @@ BOUNDS = (None, -4, 0, 2, 7)
 
 @pytest.mark.parametrize("left,right", list(itertools.product(BOUNDS, BOUNDS)), ids=str)
 def test_visible_blocks_covers_the_mask_and_no_more(left, right):
-    import triton
-    import triton.language as tl
-
-    from fastattn.kernels.blocks import visible_blocks
-
-    @triton.jit
-    def kernel(out_ptr, num_rows, num_cols, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-        block = tl.program_id(0)
-        begin, full_begin, full_end, end = visible_blocks(
-            block * ROWS, num_rows, num_cols, left, right, HAS_LEFT, HAS_RIGHT, ROWS, COLS
-        )
-        tl.store(out_ptr + block * 4, begin)
-        tl.store(out_ptr + block * 4 + 1, full_begin)
-        tl.store(out_ptr + block * 4 + 2, full_end)
-        tl.store(out_ptr + block * 4 + 3, end)
-
     ROWS, COLS = 4, 3
     for rows, cols in itertools.product((1, 4, 5, 11), (0, 1, 3, 7, 13)):
         blocks = -(-rows // ROWS)
         got = torch.full((blocks, 4), -1, dtype=torch.int32)
-        kernel[(blocks,)](got, rows, cols, left or 0, right or 0, left is not None, right is not None, ROWS, COLS)
+        _kernel[(blocks,)](got, rows, cols, left or 0, right or 0, left is not None, right is not None, ROWS, COLS)
         mask = _mask(rows, cols, left, right)
         for b, (begin, full_begin, full_end, end) in enumerate(got.tolist()):
             tile = mask[b * ROWS : (b + 1) * ROWS]

@@ -76,8 +76,8 @@ def test_golden_files_hold_one_card_a_line(tmp_path):
 
 NAME = "attention_fwd sm90 half 128 plain"
 GOOD = dict(
-    config="128x128 w8 s2 tma overlap", registers=240, stack=0, local=0, shared=164864, mma={"HGMMA": 48}, tma=11, hot_loop_mma=16, hot_loop_instructions=500,
-    hot_loop_local=0, overlap=0.9,
+    config="128x128 w8 s2 tma overlap", registers=240, stack=0, local=0, shared=164864, mma={"HGMMA": 48}, tma=11, hot_loop_mma=16,
+    hot_loop_instructions=500, hot_loop_local=0, overlap=0.9,
 )  # fmt: skip
 
 
@@ -144,10 +144,21 @@ def test_a_changed_tile_or_a_missing_card_is_seen(monkeypatch):
     assert plain == [Job("attention_bwd", "sm80", "single", 64, "plain")]
 
 
-def test_hash_follows_calls_and_ignores_comments():
-    text = "\n".join(cards._sources(cards.attention_bwd))
-    assert "_gather_queries" in text and "visible_blocks" in text and "\nLENGTHS = [" in text and "\nLOG2E = " in text
-    assert "Add what the query blocks" not in text and "\nTILES" not in text
+def test_hash_follows_calls():
+    sources = cards._sources(cards.attention_bwd)
+    text = "\n".join(sources)
+    for name in ("def_gather_queries(", "defvisible_blocks(", "classProblem:", "LENGTHS = [", "LOG2E = "):
+        assert any(source.startswith(name) or name in source for source in sources), name
+    assert "Add what the query blocks" not in text and "TILES" not in text
+
+
+def test_hash_is_of_code_not_of_its_layout():
+    code = "def f(x):\n    if x:\n        g(x, 1)\n    return x\n"
+    same = 'def f(x):\n    """Doc."""\n    if x:  # why\n        g(\n            x,\n            1,\n        )\n\n    return x\n'
+    assert cards._code(code) == cards._code(same)
+    assert cards._code(code)[1] == {"x", "g"}
+    assert cards._code(code)[0] != cards._code(code.replace("    return", "        return"))[0]
+    assert cards._code(code)[0] != cards._code(code.replace("1", "2"))[0]
 
 
 def test_another_triton_is_skipped_by_name(monkeypatch, capsys):

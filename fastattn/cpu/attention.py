@@ -160,7 +160,7 @@ def dropout_keep(
     Packed: sequence b's rows and columns are positions local to it.
     """
     everything = _Chunk(slice(0, batch), slice(0, num_heads), slice(0, seqlen_q), slice(0, seqlen_k))
-    return _keep(_Dropout(dropout_p, int(seed), 0), num_heads, everything)
+    return _keep(_Dropout(dropout_p, int(seed), 0), num_heads, everything, torch.bool)
 
 
 # What a call consists of: dense batches, and their chunks.
@@ -384,15 +384,14 @@ def _product_dtype(q: torch.Tensor, k: torch.Tensor) -> torch.dtype:
 
 
 def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk, shift: int):
-    """Final scores (b, h, rows, keys) of folded q and k, and softcap's derivative there (None without it)."""
+    """Scores (b, h, rows, keys) of folded q and k with all that is added to them, and softcap's tanh (None without)."""
     batch, heads, rows, keys = chunk
-    scores = _product(q.to(k.dtype), k.transpose(1, 2), scale)
+    scores = _product(q, k.transpose(1, 2), scale / softcap if softcap > 0 else scale)
     scores = scores.view(batch.stop - batch.start, heads.stop - heads.start, rows.stop - rows.start, -1)
-    slope_of_cap = None
+    tanh = None
     if softcap > 0:
-        scores.div_(softcap).tanh_()
-        slope_of_cap = 1.0 - scores.square()
-        scores.mul_(softcap)
+        tanh = scores.tanh_()
+        scores = tanh * softcap
     if mask.slopes is not None:
         rows_own = torch.arange(rows.start + shift, rows.stop + shift, dtype=scores.dtype, device=scores.device)
         distance = torch.arange(keys.start, keys.stop, dtype=scores.dtype, device=scores.device) - rows_own[:, None]
@@ -401,7 +400,7 @@ def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk
         bias = _part(mask.bias, *chunk)
         scores.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else scores.add_(bias)
     _mask_window(scores, mask, rows, keys, shift)
-    return scores, slope_of_cap
+    return scores, tanh
 
 
 def _softmax(scores, sinks: torch.Tensor | None, no_denormals: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -442,7 +441,7 @@ def _forward_chunked(q, k, v, mask, sinks, dropout, scale, softcap, out, lse) ->
             scores, _ = _chunk_scores(q_, k_[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q)
             probabilities, lse[batch, heads, rows] = _softmax(scores, sinks_, mask.slopes is not None)
             if dropout.p > 0:
-                probabilities.mul_(_keep(dropout, q.shape[2], chunk))
+                probabilities.mul_(_keep(dropout, q.shape[2], chunk, accumulate))
             folded = probabilities.view(q_.shape[0], q_.shape[1], -1).to(dtype)
             out_ = _product(folded, v_[:, keys], 1.0 / (1.0 - dropout.p))
             out[batch, rows, heads] = _unfold(out_, batch.stop - batch.start, rows.stop - rows.start)
@@ -452,37 +451,42 @@ def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap,
     """dS = P * (dP - delta + dlse) with delta = rowsum(P * dP); P and dP are computed again for each chunk."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     dtype, accumulate = _product_dtype(q, k), _accumulation_dtype(q.dtype)
+    # With nothing but a window laid over the scores, this is the naive computation, and in its precision: float32 takes
+    # twice as long. What else there may be takes more time than that, and more precision.
+    plain = softcap == 0 and dropout.p == 0 and mask.bias is None and mask.slopes is None and sinks is None
+    score_dtype = dtype if plain else accumulate
+    kept_scale = 1.0 / (1.0 - dropout.p)
     for batch, kv_heads, heads, num_rows in _head_chunks(q, k, mask):
         kv = kv_heads.stop - kv_heads.start
         k_, v_ = (_fold(t[batch, :, kv_heads], kv, dtype) for t in (k, v))
-        k_of_scores = k_.to(accumulate)
+        k_of_scores = k_.to(score_dtype)
         dk_, dv_ = (torch.zeros_like(t, dtype=accumulate) for t in (k_, v_))
         sinks_ = None if sinks is None else sinks[heads]
         for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, num_rows):
             chunk = _Chunk(batch, heads, rows, keys)
             q_, dout_ = (_fold(t[batch, rows, heads], kv, dtype) for t in (q, dout))
             shape = q_.shape[0], q_.shape[1], keys.stop - keys.start
-            scores, slope_of_cap = _chunk_scores(
-                q_, k_of_scores[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q
+            scores, tanh = _chunk_scores(
+                q_.to(score_dtype), k_of_scores[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q
             )
             probabilities, _ = _softmax(scores, sinks_, mask.slopes is not None)
-            dprobabilities = _product(dout_, v_[:, keys].transpose(1, 2)).view(probabilities.shape).to(accumulate)
+            dprobabilities = _product(dout_, v_[:, keys].transpose(1, 2), kept_scale).view(scores.shape).to(score_dtype)
             kept = probabilities
             if dropout.p > 0:
-                keep = _keep(dropout, q.shape[2], chunk) / (1.0 - dropout.p)
+                keep = _keep(dropout, q.shape[2], chunk, score_dtype)
                 kept = probabilities * keep
                 dprobabilities.mul_(keep)
-            _add_product(dv_[:, keys], kept.view(shape).to(dtype).transpose(1, 2), dout_)
-            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, accumulate)
+            _add_product(dv_[:, keys], kept.view(shape).to(dtype).transpose(1, 2), dout_, kept_scale)
+            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, score_dtype)
             if sinks is not None:
                 delta[batch, heads, rows] = dprobabilities.mul_(probabilities).sum(-1)
             if dlse is not None:
-                dscores.addcmul_(probabilities, dlse[batch, heads, rows].unsqueeze(-1))
+                dscores.addcmul_(probabilities, dlse[batch, heads, rows].to(score_dtype).unsqueeze(-1))
             if dbias is not None:
                 part = _part(dbias, *chunk)
                 part += dscores.sum_to_size(part.shape)
-            if slope_of_cap is not None:
-                dscores.mul_(slope_of_cap)
+            if tanh is not None:
+                dscores.mul_(tanh.square_().neg_().add_(1.0))
             dscores = dscores.view(shape).to(dtype)
             dq_ = _product(dscores, k_[:, keys], scale)
             dq[batch, rows, heads] = _unfold(dq_, batch.stop - batch.start, rows.stop - rows.start)
@@ -502,20 +506,26 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: f
 # Dropout: a counter-based mask, so that any chunk can have its part, and the backward the forward's.
 
 
-def _keep(dropout: _Dropout, num_heads: int, chunk: _Chunk) -> torch.Tensor:
-    """bool (batch, heads, rows, keys): True where a probability is kept.
+def _keep(dropout: _Dropout, num_heads: int, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
+    """(batch, heads, rows, keys) of 1 where a probability is kept and 0 where it is dropped.
 
-    Philox gives each row two words; a cheaper hash of those and the key's position (multiply, xor-shift, 32 bits) gives
-    each entry its number. Philox throughout, as in the GPU kernels, would take longer than the attention itself.
+    Philox gives each row two words; a cheaper hash of those and the key's position (multiply and xor-shift) gives every
+    two keys 32 bits, half of them each. Philox throughout, as on the GPU, would take longer than the attention itself.
     """
 
-    def index(s, dim, start=0):
-        return torch.arange(start + s.start, start + s.stop).reshape([-1 if d == dim else 1 for d in range(4)])
+    def index(start, stop, dim):
+        return torch.arange(start, stop).reshape([-1 if d == dim else 1 for d in range(4)])
 
-    head = index(chunk.batch, 0, dropout.batch_start) * num_heads + index(chunk.heads, 1)
-    key, zero = (dropout.seed & 0xFFFFFFFF, (dropout.seed >> 32) & 0xFFFFFFFF), torch.zeros((), dtype=torch.int64)
-    word0, word1, _, _ = philox_4x32(key, (zero, index(chunk.rows, 2), head, zero))
-    x = (index(chunk.keys, 3) * 0x9E3779B9).to(torch.int32) + word0.to(torch.int32)
+    batch, heads, rows, keys = chunk
+    head = index(dropout.batch_start + batch.start, dropout.batch_start + batch.stop, 0) * num_heads
+    head = head + index(heads.start, heads.stop, 1)
+    seed, zero = (dropout.seed & 0xFFFFFFFF, (dropout.seed >> 32) & 0xFFFFFFFF), torch.zeros((), dtype=torch.int64)
+    word0, word1, _, _ = philox_4x32(seed, (zero, index(rows.start, rows.stop, 2), head, zero))
+    first = keys.start // 2
+    x = (index(first, (keys.stop + 1) // 2, 3) * 0x9E3779B9).to(torch.int32) + word0.to(torch.int32)
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D).add_(word1.to(torch.int32))
     x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))
-    return x >= int(dropout.p * 2**32) - (1 << 31)
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    numbers = x.view(torch.int16)[..., keys.start - 2 * first : keys.stop - 2 * first]
+    kept = torch.empty(numbers.shape, dtype=dtype)
+    return torch.ge(numbers, round(dropout.p * 2**16) - 2**15, out=kept)

@@ -1,8 +1,8 @@
 """Kernel cards: what the compiler makes of every row of the tile table, kept in golden files and compared.
 
-    fastattn cards              compile every row for its part, without a GPU, and rewrite the golden files
+    fastattn cards              compile, without a GPU, the rows whose sources or tiles changed, and rewrite the golden files
     fastattn cards --check      compile every row and compare; a worse figure fails
-    fastattn cards --changed    the same for rows whose sources changed, and for a fixed sample
+    fastattn cards --changed    the same for the rows that changed and a fixed sample
 
 A row (kernel, part, dtype class, head-dim bucket) is compiled through its real launcher under the stub driver with two flag sets: "plain"
 (dense, causal) and "all" (packed, grouped heads, window on both sides, softcap, ALiBi, float bias with a gradient, sinks, dropout). A row
@@ -39,7 +39,7 @@ from fastattn.kernels.attention import attention_fwd
 from fastattn.kernels.attention_bwd import attention_bwd
 from fastattn.kernels.tiles import HEAD_DIM_BUCKETS, TILES, Config, pick_config
 
-from .sass import read_card
+from . import sass
 from .stub_driver import SHARED_MEMORY_LIMITS, stub_driver
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "cards"
@@ -153,7 +153,7 @@ def compile_cards(job: Job, **override: Any) -> dict[str, Card]:
                 kernel, only = "attention_bwd_dq", ["dbias"]
             if (row := job.row(kernel)) not in TILES:
                 continue  # the kernel that computes delta has no tile to choose
-            figures = read_card(recorded.compiled)
+            figures = sass.read_card(recorded.compiled)
             for redundant in ("name", "arch", "num_warps"):
                 del figures[redundant]
             about = {"config": tile(job.config(kernel)), "hash": job_hash(job), "triton": triton.__version__}
@@ -171,34 +171,40 @@ def tile(config: Config) -> str:
 # What a card was read from.
 
 
-def _code(source: str) -> str:
-    """Python source without comments, docstrings and blank lines (as text: what ast.dump prints depends on Python's version)."""
+def _code(source: str) -> tuple[str, set[str]]:
+    """Source text without comments, docstrings and layout, and the names in it.
+
+    By tokens: what `ast` prints depends on Python's version, and a re-wrapped line is no other code.
+    """
     source = textwrap.dedent(source)
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            docstring = node.body[0]
-            lines[docstring.lineno - 1 : docstring.end_lineno] = [""] * (docstring.end_lineno - docstring.lineno + 1)
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    nodes = list(ast.walk(ast.parse(source)))
+    documented = (
+        n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(n) is not None
+    )
+    dropped = {(node.body[0].lineno, node.body[0].col_offset) for node in documented}
+    layout = {tokenize.INDENT: "{", tokenize.DEDENT: "}", tokenize.COMMENT: "", tokenize.NL: ""}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    text = "".join(layout.get(token.type, token.string) for token in tokens if token.start not in dropped)
+    text = text.replace("{\n", "{")  # where a docstring stood
+    for bracket in ")]}":
+        text = text.replace("," + bracket, bracket)
+    return text, {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
 @functools.cache
 def _sources(launcher: Any) -> tuple[str, ...]:
-    """The code of a launcher and of everything in fastattn.kernels it leads to."""
-    found, seen, pending = [], set(), [launcher]
+    """The code of a launcher and of everything in fastattn.kernels it leads to, and of what calls it and reads the cards."""
+    found, seen, pending = [_code(inspect.getsource(reader))[0] for reader in (launch, sass)], set(), [launcher]
     while pending:
         item = pending.pop()
         plain = getattr(item, "fn", item)  # what @triton.jit wraps
         if id(plain) in seen or plain.__name__ == "pick_config":  # the row's own tile is hashed, not the whole table
             continue
         seen.add(id(plain))
-        found.append(_code(inspect.getsource(plain)))
+        text, names = _code(inspect.getsource(plain))
+        found.append(text)
         scope = vars(inspect.getmodule(plain))
-        for name in sorted({node.id for node in ast.walk(ast.parse(found[-1])) if isinstance(node, ast.Name)}):
+        for name in sorted(names):
             value = scope.get(name)
             if isinstance(value, (int, float, str, list, triton.language.constexpr)):
                 found.append(f"{name} = {value}")
@@ -210,7 +216,7 @@ def _sources(launcher: Any) -> tuple[str, ...]:
 def job_hash(job: Job) -> str:
     """Of the sources, the tiles and the options that the job's cards are read from."""
     tiles = [tile(job.config(kernel)) for kernel in job.kernels]
-    parts = [*_sources(LAUNCHERS[job.launcher]), _code(inspect.getsource(launch)), str(job), *tiles]
+    parts = [triton.__version__, *_sources(LAUNCHERS[job.launcher]), str(job), *tiles]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -329,32 +335,39 @@ def main(argv: list[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare every row with the golden files")
     mode.add_argument("--changed", action="store_true", help="compare rows whose sources changed, and a fixed sample")
-    parser.add_argument(
-        "--golden", type=Path, default=GOLDEN, help="their folder (default: the checkout's tests/cards)"
-    )
+    parser.add_argument("--golden", type=Path, default=GOLDEN, help="their folder (default: tests/cards)")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
     checking = options.check or options.changed
-    if checking and comparable() is not None:
+    if comparable() is not None and (checking or options.golden == GOLDEN):
         print(f"skipped: {comparable()}")
         return 0
+    golden: dict[str, Card] = {}
     try:
-        golden = read_golden(options.golden) if checking else {}
+        golden = read_golden(options.golden)
     except FileNotFoundError:
-        print(f"no golden cards in {options.golden}: the repository has them, not an installation", file=sys.stderr)
-        return 1
-    jobs = list(dict.fromkeys([*sample(), *changed_jobs(golden)])) if options.changed else all_jobs()
+        if checking:
+            print(f"no golden cards in {options.golden}: the repository has them, not an installation", file=sys.stderr)
+            return 1
+    jobs = all_jobs() if options.check else changed_jobs(golden)
+    if options.changed:
+        jobs = list(dict.fromkeys([*jobs, *sample()]))
     cards: dict[str, Card] = {}
     for found in compile_all(jobs, options.processes):
         cards |= found
         for name, card in found.items():
             _show(name, card)
-    if not checking:
-        write_golden(cards, options.golden)
-        wrong = [what for name, card in sorted(cards.items()) for what in violations(name, card)]
-    else:
+        if not checking:  # after each job, so that an interrupted run goes on where it stopped
+            write_golden(golden | cards, options.golden)
+    if checking:
         wrong = judge(cards, golden)
-        if options.check:
-            wrong += [f"{name}: has a golden card and is in no table" for name in sorted(set(golden) - set(cards))]
-    print(f"{len(cards)} cards, {len(wrong)} wrong", *wrong, sep="\n", file=sys.stderr if wrong else sys.stdout)
+        strangers = set(golden) - set(cards) if options.check else ()
+        wrong += [f"{name}: has a golden card and is in no table" for name in sorted(strangers)]
+    else:
+        current = {job_hash(job) for job in all_jobs()}
+        golden = {name: card for name, card in (golden | cards).items() if card["hash"] in current}
+        write_golden(golden, options.golden)
+        wrong = [what for name, card in sorted(golden.items()) for what in violations(name, card)]
+    summary = f"{len(cards)} cards compiled, {len(wrong)} wrong"
+    print(summary, *wrong, sep="\n", file=sys.stderr if wrong else sys.stdout)
     return 1 if wrong else 0
