@@ -39,7 +39,7 @@ def test_every_feature_in_every_dtype(case, dtype):
 
 
 @st.composite
-def cases(draw, longest: int = 150):
+def cases(draw, longest: int = 100):
     H_kv = draw(st.integers(1, 2))
     S_q, S_k = draw(st.integers(0, longest)), draw(st.integers(0, longest))
     B, H = draw(st.integers(1, 2)), H_kv * draw(st.integers(1, 3))
@@ -59,15 +59,15 @@ def cases(draw, longest: int = 150):
 
 
 @hypothesis.given(cases())
-@hypothesis.settings(max_examples=30, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=15, suppress_health_check=list(hypothesis.HealthCheck))
 def test_any_shape_and_options(case):
     torch.manual_seed(0)
     check(case)
 
 
 @pytest.mark.more
-@hypothesis.given(cases(longest=400))
-@hypothesis.settings(max_examples=150, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(cases(longest=300))
+@hypothesis.settings(max_examples=50, suppress_health_check=list(hypothesis.HealthCheck))
 def test_any_shape_and_options_at_length(case):
     torch.manual_seed(0)
     check(case)
@@ -112,9 +112,9 @@ def test_every_path_of_the_kernels(tma, overlap, split, window):
 def test_program_order_does_not_matter(order):
     from fastattn.testing.checker import checked_launches
 
-    case = Case(B=2, S_q=150, S_k=170, H=4, H_kv=2, bias=(1, 4, 150, 170), sinks=True, options=dict(causal=True))
+    case = Case(B=2, S_q=150, S_k=170, H=2, H_kv=1, D=32, D_v=32, bias=(1, 2, 150, 170), sinks=True)
     tensors = case.tensors()
-    dout, dlse = torch.randn(2, 150, 4, 64), torch.randn(2, 4, 150)
+    dout, dlse = torch.randn(2, 150, 2, 32), torch.randn(2, 2, 150)
     expected = run(fastattn.attention, tensors, {}, case.dtype, dout, dlse, causal=True)
     with checked_launches(order=order) as record:
         got = run(fastattn.attention, tensors, {}, case.dtype, dout, dlse, causal=True)
@@ -136,7 +136,7 @@ def _cu(lengths) -> torch.Tensor:
     "options", [dict(causal=True), dict(window=(9, 3)), dict(softcap=2.0)], ids=["causal", "window", "softcap"]
 )
 def test_packed_is_a_loop_of_dense(options, with_bounds):
-    lengths_q, lengths_k = (37, 0, 130, 1, 5), (37, 20, 150, 64, 0)
+    lengths_q, lengths_k = (37, 0, 130, 1), (37, 20, 150, 0)
     tail = 3  # rows past cu_seqlens[-1] belong to no sequence
     tensors = dict(
         q=torch.randn(sum(lengths_q) + tail, 4, 32),

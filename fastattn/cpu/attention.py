@@ -377,8 +377,8 @@ def _product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tens
 
 def _product_dtype(q: torch.Tensor, k: torch.Tensor) -> torch.dtype:
     """What a chunk's products are computed in, but for q k^T: exp would magnify its rounding, so it is in float32."""
-    # CPUs multiply float16 no faster than float32, and bfloat16 only if there is enough of it.
-    if q.dtype == torch.bfloat16 and q.shape[1] * k.shape[1] * q.shape[-1] >= 1 << 22:
+    # CPUs multiply float16 no faster than float32; bfloat16 they do, which counts once there is enough of it.
+    if q.dtype == torch.bfloat16 and q.numel() * k.shape[1] >= 1 << 25:
         return torch.bfloat16
     return _accumulation_dtype(q.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from typing import NamedTuple
@@ -193,6 +194,11 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
 
+for _function in (_Attention, _AttentionBackward):
+    # `apply` asks for this at every call, and working it out anew takes longer than everything else it does.
+    _function.forward.__signature__ = inspect.signature(_function.forward)
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """The seed of one dropout mask, (1,) int64 on `device`, from torch's generator: fresh at every replay of a CUDA graph."""
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
@@ -258,9 +264,10 @@ def attend(
     )
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = draw_seed(q.device)
-    return _Attention.apply(
-        q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options, lse_used
-    )
+    tensors = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Attention.apply(*tensors, options, lse_used)
+    return torch.ops.fastattn.attention_fwd(*tensors, *options)  # an autograd.Function costs as much again as the call
 
 
 # --------------------------------------------------------------------------------------------------------------------
