@@ -78,7 +78,8 @@ for _device in ("CPU", "CUDA"):
 def _(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, *_):
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return out, q.new_empty(lse_shape, dtype=torch.float32)
+    # float64 reaches the CPU alone, through scaled_dot_product_attention
+    return out, q.new_empty(lse_shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 @torch.library.register_fake("fastattn::attention_bwd", lib=_library)
