@@ -91,6 +91,11 @@ class Job:
         return [kernel for kernel in dict.fromkeys(row[0] for row in TILES) if kernel.startswith(self.launcher)]
 
     @property
+    def rows(self) -> list[str]:
+        """What the names of the job's cards begin with."""
+        return [" ".join([*map(str, self.row(kernel)), self.flags]) for kernel in self.kernels]
+
+    @property
     def is_required(self) -> bool:
         """True where the rules of `violations` ask for more than fitting: plain causal half precision at head dims 64 and 128."""
         return self.flags == "plain" and self.dtype_class == "half" and self.head_dim <= 128
@@ -289,17 +294,17 @@ def write_golden(cards: dict[str, Card], folder: Path = GOLDEN) -> None:
         (folder / f"{launcher}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def _row(name: str) -> str:
+    """A card's name without the pass."""
+    return " ".join(name.split()[:5])
+
+
 def changed_jobs(golden: dict[str, Card]) -> list[Job]:
     """Jobs whose golden cards were read from other sources or tiles, or do not exist."""
     hashes: dict[str, set[str]] = {}
     for name, card in golden.items():
-        hashes.setdefault(" ".join(name.split()[:5]), set()).add(card["hash"])  # without the pass
-
-    def is_current(job: Job) -> bool:
-        now = {job_hash(job)}
-        return all(hashes.get(" ".join([*map(str, job.row(kernel)), job.flags])) == now for kernel in job.kernels)
-
-    return [job for job in all_jobs() if not is_current(job)]
+        hashes.setdefault(_row(name), set()).add(card["hash"])
+    return [job for job in all_jobs() if any(hashes.get(row) != {job_hash(job)} for row in job.rows)]
 
 
 def compile_all(jobs: Iterable[Job], processes: int = 2) -> Iterator[dict[str, Card]]:
@@ -352,6 +357,9 @@ def main(argv: list[str] | None = None) -> int:
     jobs = all_jobs() if options.check else changed_jobs(golden)
     if options.changed:
         jobs = list(dict.fromkeys([*jobs, *sample()]))
+    elif not checking:
+        kept = {row for job in set(all_jobs()) - set(jobs) for row in job.rows}
+        golden = {name: card for name, card in golden.items() if _row(name) in kept}
     cards: dict[str, Card] = {}
     for found in compile_all(jobs, options.processes):
         cards |= found
@@ -364,8 +372,7 @@ def main(argv: list[str] | None = None) -> int:
         strangers = set(golden) - set(cards) if options.check else ()
         wrong += [f"{name}: has a golden card and is in no table" for name in sorted(strangers)]
     else:
-        current = {job_hash(job) for job in all_jobs()}
-        golden = {name: card for name, card in (golden | cards).items() if card["hash"] in current}
+        golden |= cards
         write_golden(golden, options.golden)
         wrong = [what for name, card in sorted(golden.items()) for what in violations(name, card)]
     summary = f"{len(cards)} cards compiled, {len(wrong)} wrong"
