@@ -69,7 +69,9 @@ def score(
         if bias_base.dtype.element_ty == tl.int8:  # a bool mask, seen as bytes
             s = tl.where(bias != 0, s, float("-inf"))
         else:
-            s += bias.to(tl.float32) * LOG2E
+            # A finite bias stays finite in log2 units: masks made of finfo.min are meant to.
+            bias = bias.to(tl.float32)
+            s += tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, -3.0e38))
     return s, capped
 
 
@@ -193,6 +195,8 @@ def _attention_fwd_kernel(
     last_is_cut = (last < full_begin) | (last >= full_end)
     full_begin = tl.minimum(full_begin, last)
     full_end = tl.minimum(full_end, last)
+    # The stages cover [begin, end) once, each adjacent to the one before it: with OVERLAP the next V is always the block walked before.
+    # Without a right edge only the end can cut a block on the right, and with OVERLAP that block is stage 0's.
     for stage in tl.static_range(4):
         if stage == 0:  # the last block, ahead of the pipeline
             first, stop = last, end
@@ -212,12 +216,13 @@ def _attention_fwd_kernel(
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     if OVERLAP:
-        v = load_tile(
-            v_source, kv_head, begin * BLOCK_N, len_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True
-        )
+        # Where no block was walked p is 0, and the row asked for lies past the sequence, so that nothing is read.
+        row = tl.where(end > begin, begin * BLOCK_N, tl.maximum(len_k, 1))
+        v = load_tile(v_source, kv_head, row, len_k, stride_vs, stride_vh, HEAD_DIM_V, BLOCK_N, BLOCK_DV, USE_TMA, True)
         acc = dot(unpack_bits(p, v.dtype), v, acc, PRECISION)
 
     row_max = row_max * (qk_scale if FOLD_SCALE else 1.0)
+    acc = tl.where(row_sum[:, None] == 0.0, 0.0, acc)  # no visible key: 0, though 0·NaN came out of P·V
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         new_max = tl.maximum(row_max, sink)
@@ -226,10 +231,10 @@ def _attention_fwd_kernel(
         row_sum = row_sum * alpha + tl.exp2(sink - shift)
         acc = acc * alpha[:, None]
         row_max = new_max
-    empty = row_sum == 0.0  # no visible key: out 0, lse −inf
+    empty = row_sum == 0.0  # no visible key and no sink: lse −inf
     row_sum = tl.where(empty, 1.0, row_sum)
     lse = tl.where(empty, float("-inf"), LN2 * (row_max + tl.log2(row_sum)))
-    acc = tl.where(empty[:, None], 0.0, acc * (dropout_scale / row_sum)[:, None])
+    acc = acc * (dropout_scale / row_sum)[:, None]
 
     rows = start_m + tl.arange(0, BLOCK_M)
     if cu_seqlens_q_ptr is None:
@@ -297,7 +302,7 @@ class Problem:
             # scale·max(x) = max(scale·x) needs a positive scale, and folding it past the maximum needs scores that
             # nothing else changes
             FOLD_SCALE=softmax_scale > 0.0 and softcap == 0.0 and slopes is None and attn_bias is None,
-            PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            PRECISION=_precision(q.dtype),
             BLOCK_D=max(16, triton.next_power_of_2(self.head_dim)),
             BLOCK_DV=max(16, triton.next_power_of_2(self.head_dim_v)),
         )
@@ -320,6 +325,17 @@ class Problem:
         if self.packed:
             return torch.full(shape, fill, dtype=dtype, device=like.device)
         return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied, as torch would on this GPU; 16-bit inputs have one way. torch refuses its older question to those
+    who have answered the newer one."""
+    if dtype != torch.float32:
+        return "ieee"
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if newer == "none":
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if newer == "tf32" else "ieee"
 
 
 def _broadcast_strides(t: torch.Tensor) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from .tiles import Config
 log = logging.getLogger("fastattn")
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads", "num_blocks"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "num_blocks", "stride_dlse_b", "stride_dlse_h", "stride_dlse_s"])
 def _attention_bwd_delta_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr, num_rows, num_heads, num_blocks,
     stride_dob, stride_dos, stride_doh, stride_dod, stride_dlse_b, stride_dlse_h, stride_dlse_s,
@@ -47,13 +47,14 @@ def _attention_bwd_delta_kernel(
     out_rows = ((batch * num_rows + rows) * num_heads + head) * HEAD_DIM_V
     dout_rows = batch * stride_dob + rows.to(tl.int64) * stride_dos + head * stride_doh
     out = tl.load(out_ptr + out_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + dout_rows[:, None] + cols[None, :] * stride_dod, mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + dout_rows[:, None] + cols.to(tl.int64)[None, :] * stride_dod, mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(out * dout, 1)
     if dlse_ptr is not None:
         dlse_rows = batch * stride_dlse_b + head * stride_dlse_h + rows.to(tl.int64) * stride_dlse_s
         delta -= tl.load(dlse_ptr + dlse_rows, mask=rows < num_rows, other=0.0).to(tl.float32)
     lse_rows = (batch * num_heads + head) * num_rows + rows
     lse = tl.load(lse_ptr + lse_rows, mask=rows < num_rows, other=0.0)
+    delta = tl.where(lse == float("-inf"), 0.0, delta)  # no key, no gradient, whatever dlse holds there
     tl.store(delta_ptr + lse_rows, delta, mask=rows < num_rows)
     tl.store(lse2_ptr + lse_rows, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=rows < num_rows)
 
@@ -489,7 +490,9 @@ def attention_bwd(
     )  # fmt: skip
 
     if p_dp is not None:
-        tensors["delta_ptr"] = delta = p_dp if dlse is None else (p_dp - dlse).contiguous()
+        if dlse is not None:
+            p_dp = (p_dp - dlse).where(lse != float("-inf"), 0.0)
+        tensors["delta_ptr"] = delta = p_dp.contiguous()
 
     dbias = None
     if bias_grad:

@@ -1,6 +1,7 @@
 """The one place where a kernel is launched, and what a launcher asks about the machine."""
 
 import contextlib
+import contextvars
 import functools
 from typing import NamedTuple
 
@@ -54,21 +55,23 @@ def tma_compatible(tensor: torch.Tensor) -> bool:
     )
 
 
-def _allocator(device: torch.device):
-    return lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
-
-
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:
     """Run `kernel[grid](*args, **meta)` on `device`.
 
     Device-side descriptors take scratch memory from Triton's allocator, a ContextVar that autograd's device threads
-    do not inherit, so it is set here, at each launch, in the thread that launches. fp fusion is named because Triton
-    3.10 turns its default off and the kernels count on a·b + c being one instruction.
+    do not inherit: it is set here, at each launch, in a context of the launch's own that leaves the caller's as it
+    was. fp fusion is named because Triton 3.10 turns its default off and the kernels count on a·b + c being one
+    instruction.
     """
     if 0 in grid:
         return
-    if not interpreted():
-        meta["enable_fp_fusion"] = True
-        triton.set_allocator(_allocator(device))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    if interpreted():
         kernel[grid](*args, **meta)
+    else:
+        contextvars.copy_context().run(_launch, kernel, grid, device, args, meta)
+
+
+def _launch(kernel, grid, device, args, meta) -> None:
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, enable_fp_fusion=True, **meta)

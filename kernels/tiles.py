@@ -53,7 +53,7 @@ TILES: dict[tuple[str, str, str, int], Config] = {
     ("attention_fwd", "sm120", "half", 512): Config(32, 32, 8, 1),
     # dK and dV
     ("attention_bwd_dkdv", "sm80", "half", 64): Config(32, 128, 8, 1),
-    ("attention_bwd_dkdv", "sm80", "half", 128): Config(32, 64, 8, 2, split=True),
+    ("attention_bwd_dkdv", "sm80", "half", 128): Config(32, 64, 8, 3, split=True),
     ("attention_bwd_dkdv", "sm80", "half", 256): Config(32, 64, 8, 2, split=True),
     ("attention_bwd_dkdv", "sm80", "half", 512): Config(16, 32, 8, 2, split=True),
     ("attention_bwd_dkdv", "sm90", "half", 64): Config(64, 128, 8, 2, tma=True),

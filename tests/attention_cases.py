@@ -115,6 +115,7 @@ FEATURES = [
     Case(options=dict(window=(0, 0))),
     Case(options=dict(softcap=5.0, causal=True)),
     Case(dtype=F32, options=dict(softcap=0.5)),
+    Case(dtype=F32, options=dict(softcap=1e4)),
     Case(slopes=True, options=dict(causal=True)),
     Case(B=2, slopes=True, dtype=BF16),
     Case(B=2, bias=(2, 2, 100, 130)),
@@ -134,4 +135,5 @@ FEATURES = [
     Case(S_q=40, options=dict(causal=True, softmax_scale=-0.2)),
     Case(S_q=40, options=dict(causal=True, softmax_scale=0.0)),
     Case(S_q=40, options=dict(causal=True, softmax_scale=3.0)),
+    Case(S_q=40, options=dict(causal=True, softmax_scale=1e-50)),
 ]  # fmt: skip

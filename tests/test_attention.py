@@ -6,6 +6,7 @@ Each interpreted launch runs under the bounds and race checker (tests/conftest.p
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 
 import pytest
@@ -108,6 +109,28 @@ def test_every_path_of_the_kernels(tma, overlap, split, window):
         check_budget(f"attention {name}", got[name], naive[name], truth[name])
 
 
+def _distinct_tiles() -> list:
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from fastattn.kernels.tiles import TILES
+
+    return sorted({(kernel, config) for (kernel, *_), config in TILES.items()}, key=str)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("kernel,config", _distinct_tiles(), ids=str)
+def test_every_tile_of_the_table(kernel, config):
+    """Whatever part and dtype a tile is for, its values are right: two heads, ragged ends, causal."""
+    q, k, v = (torch.randn(1, S, H, 16).half() for S, H in ((45, 2), (61, 1), (61, 1)))
+    dout = torch.randn(1, 45, 2, 16).half()
+    forward, backward = (config, {}) if kernel == "attention_fwd" else (None, {kernel: config})
+    got = _launch_both(q, k, v, dout, (45, 61, None, 0, 0.25, 0.0, 0.0), forward, backward)
+    tensors = dict(q=q, k=k, v=v)
+    truth, naive = (run(reference, tensors, {}, dt, dout, None, causal=True) for dt in (torch.float64, F16))
+    for name in got:
+        check_budget(f"attention {name}", got[name], naive[name], truth[name])
+
+
 @pytest.mark.parametrize("order", ["reverse", "shuffled"])
 def test_program_order_does_not_matter(order):
     from fastattn.testing.checker import checked_launches
@@ -167,6 +190,17 @@ def test_packed_is_a_loop_of_dense(options, with_bounds):
     assert (packed["lse"][:, -tail:] == float("-inf")).all()
 
 
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_an_empty_last_sequence_reads_nothing(sinks):
+    """Nothing lies behind the last key here, and a NaN lies behind the empty sequence in the middle."""
+    q, k, v = torch.randn(42, 1, 32).half(), torch.randn(70, 1, 32).half(), torch.randn(70, 1, 32).half()
+    v[40] = float("nan")
+    bounds = dict(cu_seqlens_q=_cu((40, 1, 0, 1)), cu_seqlens_k=_cu((40, 0, 30, 0)))
+    out, lse = fastattn.attention(q, k, v, sinks=torch.zeros(1) if sinks else None, **bounds, return_lse=True)
+    assert out[:40].isfinite().all() and not out[40:].any()
+    assert (lse[:, 40:] == (0.0 if sinks else float("-inf"))).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 40, 50), (3, 1, 40, 50), (1, 4, 1, 50)], ids=str)
 def test_packed_bias_is_indexed_inside_each_sequence(shape):
     lengths_q, lengths_k = (40, 7, 25), (50, 31, 1)
@@ -174,6 +208,7 @@ def test_packed_bias_is_indexed_inside_each_sequence(shape):
     tensors = dict(
         q=torch.randn(72, 4, 16), k=torch.randn(82, 4, 16), v=torch.randn(82, 4, 16), attn_bias=torch.randn(shape)
     )
+    cu["alibi_slopes"] = torch.rand(3, 4)
     dout, dlse = torch.randn(72, 4, 16), torch.randn(4, 72)
     options = dict(max_seqlen_q=40, max_seqlen_k=50, causal=True)
     got = run(fastattn.attention, tensors, cu, F32, dout, dlse, **options)
@@ -237,6 +272,34 @@ def test_rows_without_keys_do_not_read_a_nan_value():
     assert not fastattn.attention(q, k, v, causal=True)[:, :12].any()
 
 
+def test_rows_without_keys_beside_others_do_not_read_a_nan_value():
+    q, k = torch.randn(1, 20, 1, 16), torch.randn(1, 8, 1, 16)
+    v = torch.full((1, 8, 1, 16), float("nan"))
+    out = fastattn.attention(q, k, v, causal=True, sinks=torch.zeros(1))
+    assert not out[:, :12].any() and out[:, 12:].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_rows_without_keys_take_no_gradient_of_their_lse(bad):
+    """logaddexp of two such rows' LSEs, as in merging attention states, has a NaN for gradient."""
+    q, k, v = (torch.randn(1, S, 1, 16, requires_grad=True) for S in (8, 4, 4))
+    sinks = torch.full((1,), float("-inf"), requires_grad=True)
+    _, lse = fastattn.attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
+    lse.backward(torch.where(lse == float("-inf"), bad, 1.0))
+    assert all(t.grad.isfinite().all() for t in (q, k, v, sinks)) and k.grad.any()
+
+
+def test_a_finite_bias_stays_finite():
+    """Masks made of finfo.min say the same of every key in a row of padding: the mean of the values, not an empty row."""
+    q, k, v = (torch.randn(1, 12, 1, 16) for _ in range(3))
+    bias = torch.zeros(12, 12).masked_fill(torch.ones(12, 12).triu(1).bool(), torch.finfo(F32).min)
+    bias[:3] = torch.finfo(F32).min
+    out, lse = fastattn.attention(q, k, v, attn_bias=bias, return_lse=True)
+    torch.testing.assert_close(out, reference(q, k, v, attn_bias=bias), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[:, :3], v.mean(1, keepdim=True).expand(-1, 3, -1, -1), rtol=1e-4, atol=1e-5)
+    assert lse.isfinite().all()
+
+
 def test_rows_without_keys_have_the_sink_as_lse():
     q, k, v = torch.randn(1, 6, 2, 16), torch.randn(1, 0, 2, 16), torch.randn(1, 0, 2, 16)
     sinks = torch.tensor([0.5, -2.0], requires_grad=True)
@@ -286,7 +349,7 @@ def _layouts():
     return {
         "heads-first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         "padded-odd": padded,
-        "expanded-batch": lambda x: x.expand(1, -1, -1, -1),
+        "expanded-batch": lambda x: x.expand(2, -1, -1, -1),
         "expanded-heads": lambda x: x[:, :, :1].expand(-1, -1, 2, -1),
     }
 
@@ -312,6 +375,7 @@ def test_upstream_gradients_may_be_expanded_or_transposed():
 def test_offsets_past_2_31_elements():
     """Rows that lie more than 2^31 elements apart, in a sparse allocation that is never touched elsewhere."""
     from fastattn.kernels.attention import attention_fwd
+    from fastattn.kernels.attention_bwd import attention_bwd
 
     stride = 2**30 + 8
     storage = torch.UntypedStorage(2 * (3 * stride + 16))  # reserved, not filled: pages appear where rows are written
@@ -320,5 +384,13 @@ def test_offsets_past_2_31_elements():
     q = torch.randn(1, 4, 1, 16).half()
     options = (4, 4, None, None, 0.25, 0.0, 0.0)
     got, _ = attention_fwd(q, k, k, *[None] * 6, *options)
-    expected, _ = attention_fwd(q, k.contiguous(), k.contiguous(), *[None] * 6, *options)
+    expected, lse = attention_fwd(q, k.contiguous(), k.contiguous(), *[None] * 6, *options)
     assert torch.equal(got, expected)
+
+    stride = 2**28 + 8  # the upstream gradient may have any strides, its columns' included
+    storage = torch.UntypedStorage(2 * (16 * stride + 16))
+    dout = torch.empty(0, dtype=F16).set_(storage, 0, (1, 4, 1, 16), (64, 16, 16, stride))
+    dout.copy_(torch.randn(1, 4, 1, 16))
+    args = q, k.contiguous(), k.contiguous(), *[None] * 6, expected, lse, *options, False
+    for got, want in zip(attention_bwd(dout, None, *args), attention_bwd(dout.contiguous(), None, *args), strict=True):
+        assert want is None or torch.equal(got, want)

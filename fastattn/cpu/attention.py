@@ -41,7 +41,7 @@ class _Mask(NamedTuple):
 
 
 class _Dropout(NamedTuple):
-    """p, and what names the mask: the seed, and the dense batch's place in the call."""
+    """p in 65536ths, as `_keep` compares it, and what names the mask: the seed, and the dense batch's place in the call."""
 
     p: float
     seed: int
@@ -121,6 +121,8 @@ def attention_bwd(
     dout and dlse have out's and lse's shapes and any strides; dlse may be None. dbias (attn_bias's shape and dtype) is
     computed where ``bias_grad``; dsinks (sinks' dtype) where sinks are given.
     """
+    if dlse is not None:  # no key, no gradient, whatever dlse holds there
+        dlse = dlse.masked_fill(lse == -math.inf, 0.0)
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     accumulate = _accumulation_dtype(q.dtype)
     dbias = torch.zeros(attn_bias.shape, dtype=accumulate, device=q.device) if bias_grad else None
@@ -160,7 +162,12 @@ def dropout_keep(
     Packed: sequence b's rows and columns are positions local to it.
     """
     everything = _Chunk(slice(0, batch), slice(0, num_heads), slice(0, seqlen_q), slice(0, seqlen_k))
-    return _keep(_Dropout(dropout_p, int(seed), 0), num_heads, everything, torch.bool)
+    return _keep(_Dropout(_resolved(dropout_p), int(seed), 0), num_heads, everything, torch.bool)
+
+
+def _resolved(dropout_p: float) -> float:
+    """The nearest probability below 1 that 16 bits can tell, so that 1 / (1 - p) makes up for exactly what is dropped."""
+    return min(round(dropout_p * 2**16), 2**16 - 1) / 2**16
 
 
 # What a call consists of: dense batches, and their chunks.
@@ -185,7 +192,7 @@ def _dense_batches(
 
     if cu_seqlens_q is None:
         seqlen_q, seqlen_k = of_queries[0].shape[1], of_keys[0].shape[1]
-        yield of_queries, of_keys, lses, mask(bias, slopes, seqlen_q, seqlen_k), dbias, _Dropout(dropout_p, seed, 0)
+        yield of_queries, of_keys, lses, mask(bias, slopes, seqlen_q, seqlen_k), dbias, _Dropout(_resolved(dropout_p), seed, 0)
         return
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
@@ -198,7 +205,7 @@ def _dense_batches(
             [t[None, :, rows] for t in lses],
             mask(_part(bias, *place), _part(slopes, *place), seqlen_q, seqlen_k),
             _part(dbias, *place),
-            _Dropout(dropout_p, seed, b),
+            _Dropout(_resolved(dropout_p), seed, b),
         )
 
 
@@ -307,8 +314,10 @@ def _forward_fused(q, k, v, mask, sinks, scale, out, lse) -> None:
         out_, lse_ = _fused_forward(
             q[:, :, rows], k[:, :, keys], v_[:, :, keys], 0.0, causal, attn_mask=additive, scale=scale
         )
-        if additive is not None:  # the fused op's output for a row that sees nothing is 0, but its lse is 0 as well
-            lse_ = lse_.masked_fill(additive.amax(-1) == -math.inf, -math.inf)
+        if additive is not None:  # for a row that sees nothing the fused op has lse 0, and out 0 unless v holds a NaN
+            empty = additive.amax(-1) == -math.inf
+            lse_ = lse_.masked_fill(empty, -math.inf)
+            out_ = out_.masked_fill(empty.unsqueeze(-1), 0.0)
         if sinks is not None:
             lse_of_keys, lse_ = lse_, torch.logaddexp(lse_, sinks.to(lse_.dtype)[:, None])
             out_ = out_ * _exp_difference(lse_of_keys, lse_).unsqueeze(-1)
@@ -403,8 +412,11 @@ def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk
     return scores, tanh
 
 
-def _softmax(scores, sinks: torch.Tensor | None, no_denormals: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _softmax(
+    scores, sinks: torch.Tensor | None, no_denormals: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Softmax of (b, h, rows, keys) scores and its log-sum-exp, sinks (h,) included; a row of -inf gives 0 and -inf.
+    And which rows are such, None where none is.
 
     no_denormals rounds those to 0. ALiBi makes many, and a matmul takes ten times as long over them.
     """
@@ -413,14 +425,17 @@ def _softmax(scores, sinks: torch.Tensor | None, no_denormals: bool) -> tuple[to
     if no_denormals:
         F.threshold_(probabilities, torch.finfo(probabilities.dtype).tiny, 0.0)
     empty = row_max == -math.inf
-    if empty.any():
+    empty = empty if empty.any() else None
+    if empty is not None:
         probabilities.masked_fill_(empty.unsqueeze(-1), 0.0)
     # A row's largest probability is exp(0) / sum, so that this is row_max + log(sum), without summing once more.
-    lse = (row_max - probabilities.amax(-1).log_()).masked_fill_(empty, -math.inf)
+    lse = row_max - probabilities.amax(-1).log_()
+    if empty is not None:
+        lse.masked_fill_(empty, -math.inf)
     if sinks is not None:
         lse_of_keys, lse = lse, torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         probabilities.mul_(_exp_difference(lse_of_keys, lse).unsqueeze(-1))
-    return probabilities, lse
+    return probabilities, lse, empty
 
 
 def _exp_difference(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -439,12 +454,14 @@ def _forward_chunked(q, k, v, mask, sinks, dropout, scale, softcap, out, lse) ->
             chunk = _Chunk(batch, heads, rows, keys)
             q_ = _fold(q[batch, rows, heads], kv, accumulate)
             scores, _ = _chunk_scores(q_, k_[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q)
-            probabilities, lse[batch, heads, rows] = _softmax(scores, sinks_, mask.slopes is not None)
+            probabilities, lse[batch, heads, rows], empty = _softmax(scores, sinks_, mask.slopes is not None)
             if dropout.p > 0:
                 probabilities.mul_(_keep(dropout, q.shape[2], chunk, accumulate))
             folded = probabilities.view(q_.shape[0], q_.shape[1], -1).to(dtype)
             out_ = _product(folded, v_[:, keys], 1.0 / (1.0 - dropout.p))
             out[batch, rows, heads] = _unfold(out_, batch.stop - batch.start, rows.stop - rows.start)
+            if empty is not None:  # 0 by 0 is 0 already, unless v holds a NaN
+                out[batch, rows, heads] = out[batch, rows, heads].masked_fill(empty.transpose(1, 2).unsqueeze(-1), 0.0)
 
 
 def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap, dq, dk, dv, dbias, delta) -> None:
@@ -470,7 +487,7 @@ def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap,
             scores, tanh = _chunk_scores(
                 q_.to(score_dtype), k_of_scores[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q
             )
-            probabilities, _ = _softmax(scores, sinks_, mask.slopes is not None)
+            probabilities, _, _ = _softmax(scores, sinks_, mask.slopes is not None)
             dprobabilities = _product(dout_, v_[:, keys].transpose(1, 2), kept_scale).view(scores.shape).to(score_dtype)
             kept = probabilities
             if dropout.p > 0:

@@ -53,19 +53,25 @@ def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) 
         checks.check_cu_seqlens_values("attention", "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
 
 
+def _with_contiguous_cols(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
 def _attention_fwd(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options):
     if log.isEnabledFor(logging.INFO):
         log.info("attention_fwd: q %s k %s v %s %s", *map(describe, (q, k, v)), _Options(*options))
     _check_values(q, k, cu_seqlens_q, cu_seqlens_k, *options[:2])
     forward, _ = _implementation(q)
+    q, k, v = map(_with_contiguous_cols, (q, k, v))
     return forward(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options)
 
 
-def _attention_bwd(dout, dlse, q, *args):
+def _attention_bwd(dout, dlse, q, k, v, *args):
     if log.isEnabledFor(logging.INFO):
         log.info("attention_bwd: q %s", describe(q))
     _, backward = _implementation(q)
-    dq, dk, dv, dbias, dsinks = backward(dout, dlse, q, *args)
+    q, k, v = map(_with_contiguous_cols, (q, k, v))
+    dq, dk, dv, dbias, dsinks = backward(dout, dlse, q, k, v, *args)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -245,21 +251,18 @@ def attend(
     if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         # _Attention, having no jvp, would raise as well, but without a word about attention.
         raise NotImplementedError("fastattn.attention: forward-mode AD is not supported; use fastattn.reference.attention")
-    if q.stride(-1) != 1 and q.shape[-1] > 1:
-        q = q.contiguous()
-    if k.stride(-1) != 1 and k.shape[-1] > 1:
-        k = k.contiguous()
-    if v.stride(-1) != 1 and v.shape[-1] > 1:
-        v = v.contiguous()
     packed = cu_seqlens_q is not None
     if attn_bias is not None:  # to four dims, here rather than in the operator so that autograd sees the view
         attn_bias = attn_bias.reshape((1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape))
+    softmax_scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if abs(softmax_scale) < torch.finfo(torch.float32).tiny:
+        softmax_scale = 0.0  # so it is in float32, where a later −inf·0 would be NaN
     options = _Options(
         q.shape[0 if packed else 1] if max_seqlen_q is None else max_seqlen_q,
         k.shape[0 if packed else 1] if max_seqlen_k is None else max_seqlen_k,
         window_left,
         window_right,
-        1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale),
+        softmax_scale,
         float(softcap),
         float(dropout_p),
     )

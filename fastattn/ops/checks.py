@@ -35,7 +35,7 @@ def check_like(op: str, arg: str, value: torch.Tensor, q: torch.Tensor, *, dtype
 
 
 def check_float(op: str, arg: str, value: torch.Tensor, *, or_bool: bool = False) -> None:
-    if not (value.dtype.is_floating_point or (or_bool and value.dtype == torch.bool)):
+    if value.dtype not in (*FLOAT_DTYPES, torch.float64) and not (or_bool and value.dtype == torch.bool):
         reject(op, arg, f"have a {'bool or ' if or_bool else ''}floating-point dtype", value.dtype, TypeError)
 
 
@@ -62,7 +62,7 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed
     if v.shape[:-1] != k.shape[:-1]:
         reject(op, "v", f"have shape ({seqs}, H_kv, D_v) with k's {shape(k)[:-1]} before D_v", shape(v))
     heads, kv_heads = q.shape[-2], k.shape[-2]
-    if (kv_heads == 0 and heads != 0) or (kv_heads != 0 and heads % kv_heads != 0):
+    if (kv_heads == 0) != (heads == 0) or (kv_heads != 0 and heads % kv_heads != 0):
         reject(op, "k", f"have a head count that divides q's {heads}", kv_heads)
 
 
