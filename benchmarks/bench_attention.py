@@ -209,33 +209,67 @@ def measure_overhead(device: torch.device, dtype: torch.dtype) -> dict[str, floa
 # The command.
 
 
+def device(text: str) -> torch.device:
+    """A device that is here, as an argument's type."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"must be a device that is here, got {text!r}: torch sees {count} CUDA devices")
+    return found
+
+
+def regex(text: str) -> re.Pattern[str]:
+    """A regular expression, as an argument's type."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
+
+
+def _base(text: str) -> dict[str, Any]:
+    """The result of an earlier run, as an argument's type."""
+    try:
+        base = json.loads(Path(text).read_text())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be a file to read, got {text!r}: {error.strerror}") from None
+    except ValueError:
+        base = None
+    if not isinstance(base, dict) or base.get("op") != "attention" or "rows" not in base:
+        raise argparse.ArgumentTypeError(f"must be an attention.json of an earlier run, got {text!r}")
+    return base
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=None, help="cuda where there is one, else cpu; or name it")
+    parser.add_argument("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: bf16 on cuda, fp32 on cpu")
     parser.add_argument(
         "--shapes", choices=("tiny", "quick", "full"), default=None, help="default: full on cuda, quick on cpu"
     )
-    parser.add_argument("--only", metavar="REGEX", default="", help="rows to run, e.g. 'S1024.*causal'")
+    parser.add_argument("--only", type=regex, metavar="REGEX", default="", help="rows to run, e.g. 'S1024.*causal'")
     parser.add_argument(
-        "--peers", metavar="REGEX", default="", help="implementations beside fastattn, e.g. 'naive|SDPA'"
+        "--peers", type=regex, metavar="REGEX", default="", help="implementations beside fastattn, e.g. 'naive|SDPA'"
     )
     parser.add_argument("--passes", choices=PASSES, nargs="+", default=list(PASSES), help="default: all")
     parser.add_argument("--out", type=Path, default=None, help="folder for attention.json and attention.png")
-    parser.add_argument("--base", type=Path, default=None, help="an older attention.json to compare with")
+    parser.add_argument("--base", type=_base, metavar="FILE", help="an older attention.json to compare with")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the benchmark; 0 where every check held, 1 where one did not (its rows then carry no numbers)."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preset = options.shapes or ("full" if device.type == "cuda" else "quick")
     dtype_name = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    wanted, base = re.compile(options.only), _read_base(options.base)
-    shapes = [s for s in PRESETS[device.type, preset] if wanted.search(s.id(dtype_name))]
+    shapes = [s for s in PRESETS[device.type, preset] if options.only.search(s.id(dtype_name))]
     if not shapes:
         ids = "\n  ".join(s.id(dtype_name) for s in PRESETS[device.type, preset])
-        raise SystemExit(f"fastattn bench: --only {options.only!r} must match a row, these are:\n  {ids}")
+        raise SystemExit(f"fastattn bench: --only {options.only.pattern!r} must match a row, these are:\n  {ids}")
     builders, absent = peers.available(device)
-    builders = {n: b for n, b in builders.items() if n == OURS or re.search(options.peers, n)}
+    builders = {n: b for n, b in builders.items() if n == OURS or options.peers.search(n)}
 
     folder = options.out or _default_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -255,7 +289,7 @@ def run(options: argparse.Namespace) -> int:
     result["ceilings"] = {name: max(before[name], after[name]) for name in before}
     _save(result, folder)
 
-    print_result(result, list(builders), base)
+    print_result(result, list(builders), options.base)
     print(f"figures: {folder / 'attention.json'}")
     no_plot = plot(result, folder / "attention.png")
     print(f"no plot: {no_plot}" if no_plot else f"plot:    {folder / 'attention.png'}")
@@ -273,15 +307,6 @@ def _save(result: dict[str, Any], folder: Path) -> None:
 def _default_folder() -> Path:
     root = checkout()
     return Path("fastattn-bench") if root is None else root / "benchmarks" / "results" / "local"
-
-
-def _read_base(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    base = json.loads(path.read_text())
-    if base.get("op") != "attention" or "rows" not in base:
-        raise SystemExit(f"fastattn bench: --base must be an attention.json of an earlier run, got {path}")
-    return base
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -24,10 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return options.command(options)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse would print the usage as well
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures."
-    )
+    from fastattn import __version__
+    from fastattn.benchmarks import bench_attention
+
+    parser = _Parser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
+    parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(name: str, command, description: str) -> argparse.ArgumentParser:
@@ -35,25 +43,24 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    from fastattn.benchmarks import bench_attention
-
     bench = add("bench", bench_attention.run, "verify, then time against naive attention and the peers at hand")
     bench_attention.add_arguments(bench)
     add("info", _info, "versions, devices, and which code runs on them")
     verify = add("verify", _verify, "check attention's options, outputs and gradients, against the float64 reference")
-    verify.add_argument("--device", default=None, help="cuda where there is one, else cpu; or name it")
+    device, regex = bench_attention.device, bench_attention.regex
+    verify.add_argument("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
     dtypes = bench_attention.DTYPES
     verify.add_argument("--dtype", choices=dtypes, nargs="+", default=None, help="default: all on cuda, fp32 on cpu")
-    verify.add_argument("--only", metavar="REGEX", default="", help="cases to run, by name")
+    verify.add_argument("--only", type=regex, metavar="REGEX", default="", help="cases to run, by name")
     warmup = add("warmup", _warmup, "compile attention's usual variants ahead of their first use")
-    warmup.add_argument("--device", default=None, help="cuda where there is one, else cpu; or name it")
+    warmup.add_argument("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
     add("cards", None, "compile every row of the tile table and record what came out (--check: compare)")
     add("dump", None, "write the compiler's stages of an op's kernels, for any part")
     return parser
 
 
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _device(asked: torch.device | None) -> torch.device:
+    return asked or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -99,15 +106,13 @@ def _describe_gpu(device: torch.device) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    import re
-
     from fastattn.benchmarks import bench_attention, report
     from fastattn.benchmarks.timing import describe_error
     from fastattn.benchmarks.verification import CASES, verify_case
 
     device = _device(options.device)
     dtypes = options.dtype or (list(bench_attention.DTYPES) if device.type == "cuda" else ["fp32"])
-    cases = [case for case in CASES if re.search(options.only, case.name)]
+    cases = [case for case in CASES if options.only.search(case.name)]
     if not cases:
         raise SystemExit(f"fastattn verify: --only must match a case: {', '.join(case.name for case in CASES)}")
     rows, red = [], 0

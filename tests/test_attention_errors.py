@@ -240,9 +240,9 @@ BAD = {
     "max_seqlen negative": (packed(max_seqlen_k=-1), ValueError, "max_seqlen_k must not be negative, got -1"),
     "max_seqlen a float": (packed(max_seqlen_q=7.0), TypeError, "max_seqlen_q must be an int or None, got float"),
     "max_seqlen a tensor": (
-        packed(max_seqlen_q=torch.tensor(7)),
+        packed(max_seqlen_q=torch.tensor([7])),
         TypeError,
-        "max_seqlen_q must be an int or None, got Tensor",
+        "max_seqlen_q must be an int or None, got a tensor of shape (1,)",
     ),
     # attn_bias, alibi_slopes, sinks
     "attn_bias a list": (dense(attn_bias=[0.0]), TypeError, "attn_bias must be a torch.Tensor, got list"),
@@ -320,6 +320,14 @@ BAD = {
         "sinks must be on q's device cpu, got meta",
     ),
     # numbers
+    "causal a string": (dense(causal="no"), TypeError, "causal must be a bool, got str"),
+    "softmax_scale nan": (dense(softmax_scale=float("nan")), ValueError, "softmax_scale must be finite, got nan"),
+    "softcap below float32": (dense(softcap=1e-45), ValueError, "softcap must be finite and not negative, got 1e-45"),
+    "bias float8": (
+        dense(attn_bias=zeros(S_Q, S_K).to(torch.float8_e4m3fn)),
+        TypeError,
+        "attn_bias must have a bool or floating-point dtype, got torch.float8_e4m3fn",
+    ),
     "window an int": (dense(window=3), ValueError, "window must be a pair (left, right), got 3"),
     "window of three": (dense(window=(1, 2, 3)), ValueError, "window must be a pair (left, right), got (1, 2, 3)"),
     "window left": (dense(window=(-2, 0)), ValueError, "window must hold bounds of -1 (unbounded) or more, got -2"),

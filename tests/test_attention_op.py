@@ -5,6 +5,7 @@ On CPU tensors without the interpreter; tests/test_attention_op_interpret.py rep
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -791,3 +792,45 @@ def test_log_level_2_names_each_tile():
     assert "q float32(1, 5, 2, 16)" in text
     assert text.count("block_m=") >= 2 or text.count("BLOCK_M=") >= 2
     assert "BLOCK_M" not in logged("1", interpret=True)
+
+
+@pytest.mark.parametrize("shared", ["q is k is v", "k is v", "cu_seqlens"])
+def test_compiled_with_one_tensor_in_two_places(shared):
+    x, y = (torch.randn(10, 2, 16, requires_grad=True) for _ in range(2))
+    cu = torch.tensor([0, 4, 10], dtype=torch.int32)
+
+    def call(x, y, cu):
+        q, k, v = {"q is k is v": (x, x, x), "k is v": (x, y, y), "cu_seqlens": (x, y, x * 2)}[shared]
+        return fastattn.attention(q, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    grads, expected = (torch.autograd.grad(f(x, y, cu).sum(), (x, y), allow_unused=True) for f in (compiled, call))
+    for got, want in zip(grads, expected, strict=True):
+        assert (got is None and want is None) or torch.equal(got, want)
+
+
+def test_integers_of_other_kinds():
+    x, cu = torch.randn(10, 2, 16), torch.tensor([0, 4, 10], dtype=torch.int32)
+    expected = fastattn.attention(x, x, x, window=(2, 0), cu_seqlens_q=cu, cu_seqlens_k=cu)
+    longest = cu.diff().max()
+    for integer in (longest, longest.numpy()[()] if importlib.util.find_spec("numpy") else 6):
+        window = (torch.tensor(2), 0)
+        got = fastattn.attention(
+            x, x, x, window=window, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=integer, max_seqlen_k=integer
+        )
+        assert torch.equal(got, expected)
+    assert torch.equal(
+        fastattn.attention(x[None], x[None], x[None], window=(2**70, None)), fastattn.attention(x[None], x[None], x[None])
+    )
+
+
+def test_float32_follows_either_way_of_asking_torch_for_tf32():
+    code = """
+import torch, fastattn
+torch.backends.cuda.matmul.fp32_precision = "tf32"  # from here on torch refuses to say float32_matmul_precision
+from fastattn.kernels.attention import _precision
+assert _precision(torch.float32) == "tf32" and _precision(torch.float16) == "ieee"
+"""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -102,6 +102,45 @@ def test_bad_arguments_exit_with_2(capsys):
     assert "invalid choice: 'int8'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("verify --only (", "--only: must be a regular expression, got '('"),
+        ("bench --only (", "--only: must be a regular expression, got '('"),
+        ("bench --peers (", "--peers: must be a regular expression, got '('"),
+        ("bench --base /no/such.json", "--base: must be a file to read, got '/no/such.json': No such file or directory"),
+        *((f"{command} --device gpu", "--device: must be cpu, cuda or") for command in ("bench", "verify", "warmup")),
+        ("verify --device mps", "--device: must be cpu, cuda or cuda:N, got 'mps'"),
+        *((f"{command} --device cuda", "must be a device that is here") for command in ("bench", "verify", "warmup")),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.startswith(f"fastattn {arguments.split()[0]}: argument --") and message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"fastattn {fastattn.__version__}\n"
+
+
+@pytest.mark.parametrize("head_dim", ["0", "513", "-1", "wide"])
+def test_dump_refuses_a_head_dim_outside_its_range(head_dim, capsys):
+    pytest.importorskip("triton", reason="needs triton")
+    with pytest.raises(SystemExit) as stop:
+        main(["dump", "attention", f"--head-dim={head_dim}"])
+    assert stop.value.code == 2
+    assert "--head-dim: must be an integer from 1 to 512" in capsys.readouterr().err
+
+
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "fastattn", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -327,3 +327,48 @@ def test_not_slower_than_naive():
     finally:
         torch.set_num_threads(threads)
     assert ours < naive
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("seqlen", [12, 32, 300])
+@pytest.mark.parametrize("hidden_by", ["bool bias", "window", "causal"])
+def test_hidden_keys_may_hold_anything(hidden_by, seqlen, value):
+    """Rows that see none of the keys with a NaN or an infinity in them are as they would be without."""
+    q, k, v = (torch.randn(2, seqlen, 2, 8) for _ in range(3))
+    bad = k.clone()
+    bad[0, -3:] = value
+    options = {
+        "bool bias": {"bias": torch.arange(seqlen).expand(1, 1, seqlen, seqlen) < seqlen - 3},
+        "window": {"left": 4, "right": 0},
+        "causal": {"right": 0},
+    }[hidden_by]
+    want, got = (cpu.attention_fwd(*args(q, k, v, **options)) for k in (k, bad))
+    clean = slice(None) if hidden_by == "bool bias" else slice(0, seqlen - 3)
+    torch.testing.assert_close(got[0][:, clean], want[0][:, clean], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1][:, :, clean], want[1][:, :, clean], rtol=1e-5, atol=1e-5)
+    assert got[1][1].isfinite().all()
+
+
+@pytest.mark.parametrize("seqlen_k", [1, 7, 15, 16, 513])
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
+def test_nan_in_nan_out(name, seqlen_k):
+    """Torch's fused op counts a row of fewer than 16 scores, NaN all of them, as one that sees no key."""
+    tensors = {"q": torch.randn(1, 3, 2, 8), "k": torch.randn(1, seqlen_k, 2, 8), "v": torch.randn(1, seqlen_k, 2, 8)}
+    options = {"bias": torch.randn(1, 1, 3, seqlen_k)} if name == "bias" else {}
+    (options if name == "bias" else tensors)[name].fill_(math.nan)
+    out, lse = cpu.attention_fwd(*args(**tensors, **options))
+    assert out.isnan().all()
+    assert lse.isnan().all() or name == "v"
+
+
+def test_zeros_are_no_sign_of_nan():
+    """A first row of zeros has an LSE of 0 under a causal mask, which is also the fused op's for a row without keys."""
+    q, k, v = torch.zeros(1, 40, 2, 8), torch.randn(1, 40, 2, 8), torch.randn(1, 40, 2, 8)
+    out, lse = cpu.attention_fwd(*args(q, k, v, right=0))
+    torch.testing.assert_close(out, v.cumsum(1) / torch.arange(1, 41)[:, None, None])
+    torch.testing.assert_close(lse, torch.arange(1.0, 41).log().expand(1, 2, 40))
+
+
+def args(q, k, v, *, bias=None, left=None, right=None):
+    options = q.shape[1], k.shape[1], left, right, q.shape[-1] ** -0.5, 0.0, 0.0
+    return q, k, v, bias, None, None, None, None, None, *options

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^```.*?^```|`[^`\n]*`", flags=re.M | re.S)  # fenced, and inline
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 
@@ -32,5 +33,14 @@ def test_python_blocks_run(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
+    for target in _links(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def _links(text: str) -> list[str]:
+    return LINK.findall(CODE.sub("`code`", text))
+
+
+def test_code_holds_no_links():
+    text = "[a](a.md#part), [`b`](b.md), `k[grid](c)`\n\n```python\nk[grid](d)\n```\n\n[e](e.md), [f](#f)"
+    assert _links(text) == ["a.md", "b.md", "e.md"]

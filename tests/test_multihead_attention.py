@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import random
+import warnings
 
 import pytest
 import torch
@@ -196,6 +197,37 @@ def test_autocast(need_weights):
     torch.testing.assert_close(out, expected, rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("attn_dtype", [None, torch.bool, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padding_dtype", [None, torch.bool, torch.float32], ids=str)
+def test_autocast_dtypes_of_masks(attn_dtype, padding_dtype):
+    ours, theirs, _ = pair()
+    query = torch.randn(S_Q, B, E)
+    attn_mask = None if attn_dtype is None else torch.randn(S_Q, S_Q).gt(1).to(attn_dtype)
+    padding = None if padding_dtype is None else torch.zeros(B, S_Q, dtype=padding_dtype)
+    if attn_dtype == torch.bool:
+        attn_mask[:, 0] = False
+    with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch deprecates masks of two dtypes
+        found, expected = (m(query, query, query, padding, attn_mask=attn_mask) for m in (ours, theirs))
+    for result, other in zip(found, expected, strict=True):
+        assert result.dtype == other.dtype == torch.bfloat16
+        torch.testing.assert_close(result, other, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_of_changing_lengths(dynamic):
+    ours, *_ = pair(batch_first=True)
+
+    def causal(query, mask):
+        return ours(query, query, query, attn_mask=mask, is_causal=True, need_weights=False)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(causal, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for seqlen in (5, 9):
+        query, mask = torch.randn(B, seqlen, E), torch.ones(seqlen, seqlen, dtype=torch.bool).triu(1)
+        torch.testing.assert_close(compiled(query, mask), causal(query, mask))
+
+
 def test_compile_fullgraph():
     ours, *_ = pair(batch_first=True)
     query, padding = torch.randn(B, S_Q, E), masks_for("batch", S_Q, None, "bool")[1]
@@ -357,6 +389,10 @@ def test_refusals(error, message, shapes, kwargs):
 def test_refuses_what_is_no_tensor():
     with pytest.raises(TypeError, match="MultiheadAttention: query must be a torch.Tensor, got NoneType"):
         MultiheadAttention(16, 4)(None, None, None)
+    query = torch.randn(1, 1, 16)
+    for name in ("attn_mask", "key_padding_mask"):
+        with pytest.raises(TypeError, match=f"MultiheadAttention: {name} must be a torch.Tensor, got list"):
+            MultiheadAttention(16, 4)(query, query, query, **{name: [1]})
 
 
 @pytest.mark.interpret

@@ -180,3 +180,12 @@ def test_philox_keep_is_what_triton_draws():
         for p in (0.1, 0.5, 0.9):
             kept = (words & 0xFFFFFFFF) >= int(p * 2**32)
             assert torch.equal(kept, philox_keep(seed, batch, num_heads, seqlen_q, 4 * num_quads, p))
+
+
+def test_no_heads():
+    q, k, v = torch.randn(2, 5, 0, 8), torch.randn(2, 7, 0, 8), torch.randn(2, 7, 0, 6)
+    out, lse = reference.attention(q, k, v, causal=True, return_lse=True)
+    assert out.shape == (2, 5, 0, 6) and lse.shape == (2, 0, 5)
+    cu_q, cu_k = torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7])
+    out, lse = reference.attention(q[0], k[0], v[0], cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=True)
+    assert out.shape == (5, 0, 6) and lse.shape == (0, 5)

@@ -45,6 +45,17 @@ MODELS = {
     "bert": lambda t: t.BertForMaskedLM(t.BertConfig(**COMMON, max_position_embeddings=128)),
 }  # fmt: skip
 DECODERS = [name for name in MODELS if name != "bert"]
+
+
+def llama4(window: int):
+    """Attention in chunks of `window` keys."""
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        **GQA, intermediate_size_mlp=48, attention_chunk_size=window, num_local_experts=2
+    )
+    return transformers.Llama4ForCausalLM(config).eval()
+
+
 TOLERANCE = 1e-4  # two float32 models of logits up to 100: rounding is 1e-5
 
 
@@ -174,6 +185,47 @@ def test_a_mask_is_made_only_where_flags_do_not_suffice():
     dense = mask(2, 24, 24, mask_function=chunks, local_size=8)
     assert not dense[0, 0, 8, 7]
     assert dense[0, 0, 8, 8]
+
+
+def test_chunks_in_a_cache_that_has_slid_need_a_mask():
+    from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
+
+    mask = on_transformers.attention_mask
+    for padding in range(9):  # chunks begin where a text does
+        chunks = chunked_causal_mask_function(4, torch.full((2,), padding))
+        dense = mask(2, 1, 4, q_offset=9, kv_offset=6, mask_function=chunks, local_size=4)
+        assert dense.tolist() == [[[[(key - padding) // 4 == (9 - padding) // 4 for key in range(6, 10)]]]] * 2
+    window = sliding_window_causal_mask_function(4)
+    assert mask(2, 1, 4, q_offset=9, kv_offset=6, mask_function=window, local_size=4) is None
+    assert mask(2, 4, 4, mask_function=chunks, local_size=4) is None
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_chunked_attention_decodes_with_the_default_cache(compiled):
+    model, row = llama4(4), tokens(2, 10)
+    model.set_attn_implementation("fastattn")
+    torch.compiler.reset()
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    for n in (3, 5) if compiled else range(1, 8):
+        whole = logits(model, "eager", row)
+        model.set_attn_implementation("fastattn")
+        with torch.no_grad():
+            cache = model(row[:, :n], use_cache=True).past_key_values
+            for i in range(n, 10):
+                step = forward(row[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+                torch.testing.assert_close(step[:, 0], whole[:, i], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "left_padding"])
+def test_chunked_attention_generates_the_same_tokens(padded):
+    model, texts = llama4(4), []
+    for n in range(1, 8):
+        mask = torch.ones(2, n, dtype=torch.long)
+        mask[0, : n // 2] = 0 if padded else 1
+        for implementation in ("eager", "fastattn"):
+            model.set_attn_implementation(implementation)
+            texts.append(model.generate(tokens(2, n), attention_mask=mask, max_new_tokens=8, do_sample=False))
+        assert torch.equal(*texts[-2:]), n
 
 
 def test_position_bias_is_added_to_either_kind_of_mask():

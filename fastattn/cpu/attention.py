@@ -73,6 +73,10 @@ def attention_fwd(
     Returns out, contiguous, (B, S_q, H, D_v) or (T, H, D_v), in q's dtype; lse, contiguous, natural log, (B, H, S_q) or
     (H, T), float32 (float64 for float64 inputs). Accumulates in float32.
     """
+    if cu_seqlens_q is None and attn_bias is alibi_slopes is sinks is None and softcap == dropout_p == 0:
+        results = _forward_in_one_call(q, k, v, window_left, window_right, softmax_scale)
+        if results is not None:
+            return results
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
     lse = torch.full(lse_shape, -math.inf, dtype=_accumulation_dtype(q.dtype), device=q.device)
@@ -85,9 +89,8 @@ def attention_fwd(
         if q_.numel() == 0 or k_.shape[1] == 0:
             continue
         # A sink would have the fused op's output rounded twice, which half precision can't afford.
-        if _fused_fits(mask, softcap, dropout) and not (sinks is not None and _is_half(q.dtype)):
-            _forward_fused(q_, k_, v_, mask, sinks, softmax_scale, out_, lse_)
-        else:
+        fused = _fused_fits(mask, softcap, dropout) and not (sinks is not None and _is_half(q.dtype))
+        if not (fused and _forward_fused(q_, k_, v_, mask, sinks, softmax_scale, out_, lse_)):
             _forward_chunked(q_, k_, v_, mask, sinks, dropout, softmax_scale, softcap, out_, lse_)
     return out, lse
 
@@ -307,7 +310,22 @@ def _fused_inputs(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
 
 
-def _forward_fused(q, k, v, mask, sinks, scale, out, lse) -> None:
+def _forward_in_one_call(q, k, v, left, right, scale) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """out and lse as the fused op allocates them, where it does exactly this job; None where it does not."""
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if right is not None and right >= seqlen_q - 1:
+        right = None
+    if (left is not None and left < seqlen_k - 1) or right not in (None, seqlen_q - seqlen_k):
+        return None
+    if q.numel() == 0 or k.numel() == 0 or v.shape[-1] != q.shape[-1]:
+        return None
+    q, k, v = _fused_inputs(q, k, v)
+    out, lse = _fused_forward(q, k, v, 0.0, right is not None, attn_mask=None, scale=scale)
+    return None if _misled(lse, q, k) else (out.transpose(1, 2).contiguous(), lse.contiguous())
+
+
+def _forward_fused(q, k, v, mask, sinks, scale, out, lse) -> bool:
+    """Whether out and lse were written; not where NaN or infinities in the inputs made the fused op err."""
     chunks = _fused_chunks(q, k, mask)
     q, k, v_ = _fused_inputs(q, k, v)
     for rows, keys, additive, causal in chunks:
@@ -318,11 +336,25 @@ def _forward_fused(q, k, v, mask, sinks, scale, out, lse) -> None:
             empty = additive.amax(-1) == -math.inf
             lse_ = lse_.masked_fill(empty, -math.inf)
             out_ = out_.masked_fill(empty.unsqueeze(-1), 0.0)
+        if _misled(lse_, q, k):
+            return False
         if sinks is not None:
             lse_of_keys, lse_ = lse_, torch.logaddexp(lse_, sinks.to(lse_.dtype)[:, None])
             out_ = out_ * _exp_difference(lse_of_keys, lse_).unsqueeze(-1)
         out[:, rows] = out_.transpose(1, 2)[..., : v.shape[-1]]
         lse[:, :, rows] = lse_
+    return True
+
+
+def _misled(lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the fused op may have got values wrong that are not finite.
+
+    It adds its mask, so that a NaN in a hidden key makes the row's lse NaN; and a row with nothing but NaN counts as one
+    that sees no key, its lse 0. Both are rare, and only then is a pass over the inputs needed.
+    """
+    if lse.abs().amin().item() > 0:  # false for a NaN
+        return False
+    return not math.isfinite((q.sum() + k.sum()).item())
 
 
 def _backward_fused(dout, q, k, v, mask, scale, out, lse, dq, dk, dv) -> None:

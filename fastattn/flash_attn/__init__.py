@@ -1,10 +1,11 @@
-"""flash-attn 2.8's functions on fastattn's kernels: the same names, arguments and argument order.
+"""flash-attn 2.8's six attention functions on fastattn's kernels: the same names, arguments and argument order.
 
     from fastattn.flash_attn import flash_attn_func          # was: from flash_attn import flash_attn_func
 
 What differs from flash-attn, each time by allowing more: float32 besides float16 and bfloat16; any head_dim from 1 to 512, and v's own;
-softcap together with dropout; CPU tensors; an LSE that can be differentiated. And one convention: a row that sees no key has LSE −inf
-(flash-attn 2 says +inf); its output is 0 in both.
+softcap together with dropout; CPU tensors; an LSE that can be differentiated. And two conventions of the LSE: a row that sees no key has
+−inf (flash-attn 2's unsplit kernel says +inf), and ALiBi under a causal mask is −slope·|i + S_k − S_q − j| (flash-attn 2 adds slope·j,
+which moves the LSE by slope·(i + S_k − S_q)); the outputs are the same.
 
 Options shared by every function:
     dropout_p: probability of dropping an attention weight, in [0, 1); pass 0.0 for evaluation.

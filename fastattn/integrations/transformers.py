@@ -122,7 +122,11 @@ def attention_mask(
         and not allow_is_bidirectional_skip
         and isinstance(q_offset, int)
         and kv_length == q_length + q_offset - kv_offset
-        and (local_size is None or kv_length <= local_size or _is_sliding_window(mask_function, local_size))
+        and (
+            local_size is None
+            or (kv_offset == 0 and kv_length <= local_size)  # once a cache has slid, even few keys may be of two chunks
+            or _is_sliding_window(mask_function, local_size)
+        )
         and _nothing_padded(attention_mask, kv_length)
     )
     if flags_suffice:
@@ -153,9 +157,11 @@ def _nothing_padded(attention_mask: Tensor | None, kv_length: int) -> bool:
 def _is_sliding_window(mask_function: Callable, size: int) -> bool:
     """Both a sliding window and fixed chunks of `size` keys arrive as `local_size`; a layer's flags can say only the first.
 
-    They differ at query `size` and key 1, one short of a window away but in another chunk.
+    In a window each query sees the key `size - 1` before it. In chunks only a chunk's last query does, so that of two
+    neighbours one does not, wherever chunks begin.
     """
     if torch.compiler.is_compiling():
         return False
-    zero, query, key = torch.tensor(0), torch.tensor(size), torch.tensor(1)
-    return size > 1 and bool(mask_function(zero, zero, query, key))
+    numbers = torch.tensor([0, 1, size - 1, size])  # its elements have no dims, and so mix with any device's
+    zero, one, last, first = numbers
+    return size > 1 and all(bool(mask_function(zero, zero, *pair)) for pair in ((last, zero), (first, one)))

@@ -26,6 +26,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         - Wrong shapes and types raise ValueError and TypeError where torch asserts.
         - No fused inference path of its own, and no nested tensors: forward does the same thing in training and evaluation.
         - `dropout` drops other weights than torch's generator would, under need_weights=False.
+        - `torch.jit.script` does not take this module; `torch.compile` and `torch.export` do.
 
     Inside `torch.nn.TransformerEncoderLayer` (assign it to `layer.self_attn`) this module runs in training, and in evaluation wherever
     gradients are on. In evaluation without gradients torch's layer reads the weights off its modules and runs one fused operator that
@@ -62,7 +63,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             where the input had no batch. add_bias_kv and add_zero_attn append one key each, which S_k then counts.
 
         Raises:
-            ValueError: shapes that do not go together. TypeError: masks that are neither bool nor float; nested tensors.
+            ValueError: shapes that do not go together. TypeError: what is no tensor; masks that are neither bool nor float; nested tensors.
             RuntimeError: is_causal without attn_mask, or an attn_mask of the wrong shape, as in torch.
         """
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
@@ -137,7 +138,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if value.shape[:-1] != key.shape[:-1]:
             checks.reject(_OP, "value", f"have key's {checks.shape(key)[:-1]} before its last dim", checks.shape(value))
         for arg, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-            if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
+            if mask is None:
+                continue
+            checks.check_tensor(_OP, arg, mask)
+            if not (mask.dtype == torch.bool or mask.is_floating_point()):
                 checks.reject(_OP, arg, "be bool or float", mask.dtype, TypeError)
         batch = query.shape[batch_dim] if batched else 1
         seqlen_q, seqlen_k = (t.shape[0 if not batched else 1 - batch_dim] for t in (query, key))
@@ -176,10 +180,12 @@ def _merge(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor,
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ/√D + mask), (B, H, S_q, S_k), in q's dtype; 0 in the rows that see no key."""
+    """softmax(q·kᵀ/√D + mask), (B, H, S_q, S_k), in the dtype that softmax gives q's; 0 in the rows that see no key."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
     if mask is None:
         return scores.softmax(dim=-1)
+    if mask.dtype in checks.FLOAT_DTYPES:  # as autocast does for torch's baddbmm; `+` would promote instead
+        mask = mask.to(scores.dtype)
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     empty = (scores == -math.inf).all(dim=-1, keepdim=True)
     return scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)

@@ -247,6 +247,13 @@ def attend(
     Row i sees key j iff i + S_k − S_q − window_left ≤ j ≤ i + S_k − S_q + window_right; None is unbounded, negative is allowed (torch's
     top-left causal mask is window_right = S_q − S_k). lse_used=False promises that no gradient of lse will come: the backward is cheaper.
     """
+    # One tensor in two places breaks a compiled autograd.Function: attention of x over itself, equal cu_seqlens.
+    if k is q:
+        k = k.view_as(k)
+    if v is q or v is k:
+        v = v.view_as(v)
+    if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
     inputs = (q, k, v, attn_bias, alibi_slopes, sinks)
     if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         # _Attention, having no jvp, would raise as well, but without a word about attention.
@@ -299,9 +306,7 @@ def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, 
             k.shape[0] if max_seqlen_k is None else max_seqlen_k,
         )
         for arg, bound in zip(("max_seqlen_q", "max_seqlen_k"), bounds, strict=True):
-            if isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt)):
-                checks.reject(op, arg, "be an int or None", type(bound).__name__, TypeError)
-            if bound < 0:
+            if not torch.compiler.is_compiling() and bound < 0:  # what came of `.item()` cannot be asked there
                 checks.reject(op, arg, "not be negative", bound)
     else:
         for arg, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
@@ -415,7 +420,13 @@ def attention(
     """
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         q, k, v = _autocast(q, k, v)
+    if max_seqlen_q is not None:
+        max_seqlen_q = checks.integer("attention", "max_seqlen_q", max_seqlen_q, "be an int or None")
+    if max_seqlen_k is not None:
+        max_seqlen_k = checks.integer("attention", "max_seqlen_k", max_seqlen_k, "be an int or None")
     _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if not isinstance(causal, (int, torch.SymBool)):
+        checks.reject("attention", "causal", "be a bool", type(causal).__name__, TypeError)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         checks.reject("attention", "window", "be a pair (left, right)", window)
     window_left, window_right = (checks.window_bound("attention", "window", bound) for bound in window)
@@ -423,10 +434,12 @@ def attention(
         window_right = 0
     checks.check_probability("attention", "dropout_p", dropout_p)
     checks.check_number("attention", "softcap", softcap)
-    if not 0.0 <= softcap < math.inf:
+    if not (softcap == 0.0 or torch.finfo(torch.float32).tiny <= softcap <= torch.finfo(torch.float32).max):
         checks.reject("attention", "softcap", "be finite and not negative", softcap)
     if softmax_scale is not None:
         checks.check_number("attention", "softmax_scale", softmax_scale)
+        if not abs(softmax_scale) <= torch.finfo(torch.float32).max:
+            checks.reject("attention", "softmax_scale", "be finite", softmax_scale)
     out, lse = attend(
         q,
         k,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
+MAX_WINDOW = 2**31 - 1  # what a kernel's int32 holds, and past any sequence
 
 
 def shape(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -101,19 +103,27 @@ def check_broadcastable(op: str, arg: str, value: torch.Tensor, target: Sequence
         reject(op, arg, f"broadcast to {letters} = {tuple(target)}", dims)
 
 
+def integer(op: str, arg: str, value: object, must: str) -> int:
+    """A Python int, or whatever counts as one (numpy's, a 0-d tensor on the CPU, a compiler's symbol), but no bool."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dim() != 0):
+        got = f"a tensor of shape {shape(value)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        reject(op, arg, must, got, TypeError)
+    try:
+        return operator.index(value)
+    except TypeError:
+        reject(op, arg, must, type(value).__name__, TypeError)
+
+
 def window_bound(op: str, arg: str, bound: object) -> int | None:
     """One side of a window: None or -1 is unbounded; an int, or flash-attn's 0-d tensor, of 0 or more counts keys."""
-    if isinstance(bound, torch.Tensor):
-        if bound.dim() != 0:
-            reject(op, arg, "hold ints, 0-d tensors or None", f"a tensor of shape {shape(bound)}", TypeError)
-        bound = bound.item()
     if bound is None:
         return None
-    if isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt)):
-        reject(op, arg, "hold ints, 0-d tensors or None", type(bound).__name__, TypeError)
+    bound = integer(op, arg, bound, "hold ints, 0-d tensors or None")
     if bound < -1:
         reject(op, arg, "hold bounds of -1 (unbounded) or more", bound)
-    return None if bound == -1 else bound
+    return None if bound == -1 else min(bound, MAX_WINDOW)
 
 
 def check_number(op: str, arg: str, value: object) -> None:

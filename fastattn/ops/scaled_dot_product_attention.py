@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from .attention import attend
 from .dispatch import runs_kernels
 
 _OP = "scaled_dot_product_attention"
+_NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 
 
 def scaled_dot_product_attention(
@@ -59,10 +61,10 @@ def scaled_dot_product_attention(
 
     Raises: what torch raises, also where one of its fast paths lets the same mistake through.
         RuntimeError: dtypes, devices, shapes or head counts that do not go together; attn_mask with is_causal=True; dropout_p outside
-            [0, 1]; integer tensors.
+            [0, 1]; integer tensors; double backward (where our own code runs, NotImplementedError, which is a RuntimeError).
         TypeError: an argument of the wrong type; float64 on CUDA. ValueError: a head dim over 512 on CUDA.
         IndexError: enable_gqa without a head dim; a mask of less than two dims for a 4-D query.
-        NotImplementedError: nested tensors; complex and 8-bit dtypes; double backward.
+        NotImplementedError: nested tensors; complex and 8-bit dtypes.
 
     Example:
         >>> query, key, value = (torch.randn(2, 8, 128, 64) for _ in range(3))
@@ -103,17 +105,19 @@ def scaled_dot_product_attention(
     window_right = top_left if is_causal else None
     if causal_bias is not None:
         window_right = _window_right(causal_bias, seqlen_q, seqlen_k)
+        is_causal = bool(window_right == top_left)  # a bool also of symbolic sizes: torch's function takes no SymBool
+    lower_right = causal_bias is not None and not is_causal
 
     if runs_kernels(query):
         _check_kernel_limits(query, value)
-    elif _torch_computes(query, key, value, attn_mask, dropout_p, window_right in (None, top_left)):
+    elif _torch_computes(query, key, value, attn_mask, dropout_p, lower_right):
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask if window_right in (None, top_left) else causal_bias,
+            causal_bias if lower_right else attn_mask,
             dropout_p,
-            window_right == top_left,
+            is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
         )
@@ -148,7 +152,8 @@ def _check_types(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
         if not isinstance(flag, bool):
             checks.reject(_OP, arg, "be a bool", type(flag).__name__, TypeError)
     for arg, number in (("dropout_p", dropout_p), ("scale", scale)):
-        if not hasattr(number, "__float__") and not (arg == "scale" and number is None):
+        zero_dim = isinstance(number, Tensor) and number.dim() == 0  # torch's own parser takes one for a float
+        if not (isinstance(number, _NUMBERS) or zero_dim or (arg == "scale" and number is None)):
             checks.reject(_OP, arg, "be a float", type(number).__name__, TypeError)
     if not 0.0 <= dropout_p <= 1.0:
         checks.reject(_OP, "dropout_p", "lie in [0, 1]", dropout_p, RuntimeError)
@@ -281,12 +286,12 @@ def _fold_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
     return attn_mask.expand(*lead, heads, rows, columns).reshape(math.prod(lead), heads, rows, columns)
 
 
-def _torch_computes(query, key, value, attn_mask, dropout_p, top_left: bool) -> bool:
+def _torch_computes(query, key, value, attn_mask, dropout_p, lower_right: bool) -> bool:
     """Whether a CPU call goes to torch: where its flash kernel does this job, and for what our code does not take."""
     if query.dtype == torch.float64 or 0 in (query.numel(), key.numel(), value.numel()):
         return True
     return (
-        top_left
+        not lower_right
         and dropout_p == 0.0
         and query.shape[-1] == value.shape[-1]
         and not (attn_mask is not None and attn_mask.requires_grad)

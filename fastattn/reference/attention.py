@@ -71,9 +71,10 @@ def attention(
 def _dense(q, k, v, left, right, scale, softcap, attn_bias, alibi_slopes, sinks, dropout_p, dropout_keep):
     (batch, seqlen_q, num_heads, _), (seqlen_k, num_kv_heads) = q.shape, k.shape[1:3]
     accumulate = _accumulation_dtype(q.dtype)
+    group = num_heads // max(num_kv_heads, 1)
     q = q.transpose(1, 2)
-    k = k.transpose(1, 2).repeat_interleave(num_heads // num_kv_heads, dim=1)
-    v = v.transpose(1, 2).repeat_interleave(num_heads // num_kv_heads, dim=1)
+    k = k.transpose(1, 2).repeat_interleave(group, dim=1)
+    v = v.transpose(1, 2).repeat_interleave(group, dim=1)
 
     scores = (q * scale) @ k.transpose(-1, -2)  # scaled first: q k^T alone may overflow float16
     if softcap > 0:

@@ -18,13 +18,20 @@ from .stub_driver import stub_driver
 STAGES = ("ttir", "ttgir", "llir", "ptx")
 
 
+def _head_dim(text: str) -> int:
+    head_dim = int(text) if text.isdecimal() else 0
+    if not 1 <= head_dim <= 512:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 512, got {text!r}")
+    return head_dim
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastattn dump", description="Write the compiler's stages of an op's kernels.")
     ops = sorted({launcher.rsplit("_", 1)[0] for launcher in cards.LAUNCHERS})
     parser.add_argument("op", choices=ops)
     parser.add_argument("--part", choices=sorted(cards.PARTS), default="sm90")
     parser.add_argument("--dtype", choices=sorted(cards.DTYPES), default="half")
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--head-dim", type=_head_dim, default=128, metavar="1..512")
     parser.add_argument("--flags", choices=cards.FLAGS, default="plain")
     parser.add_argument("--out", type=Path, default=Path("dump"))
     options = parser.parse_args(argv)
