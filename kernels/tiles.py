@@ -70,7 +70,7 @@ TILES: dict[tuple[str, str, str, int], Config] = {
     ("attention_bwd_dkdv", "sm120", "half", 512): Config(16, 32, 8, 1, split=True),
     # dQ
     ("attention_bwd_dq", "sm80", "half", 64): Config(128, 32, 8, 2),
-    ("attention_bwd_dq", "sm80", "half", 128): Config(128, 32, 8, 2),
+    ("attention_bwd_dq", "sm80", "half", 128): Config(64, 64, 8, 2),
     ("attention_bwd_dq", "sm80", "half", 256): Config(64, 32, 8, 2),
     ("attention_bwd_dq", "sm80", "half", 512): Config(32, 16, 8, 1),
     ("attention_bwd_dq", "sm90", "half", 64): Config(128, 64, 8, 2, tma=True),
