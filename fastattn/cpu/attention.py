@@ -73,8 +73,9 @@ def attention_fwd(
     Returns out, contiguous, (B, S_q, H, D_v) or (T, H, D_v), in q's dtype; lse, contiguous, natural log, (B, H, S_q) or
     (H, T), float32 (float64 for float64 inputs). Accumulates in float32.
     """
-    if cu_seqlens_q is None and attn_bias is alibi_slopes is sinks is None and softcap == dropout_p == 0:
-        results = _forward_in_one_call(q, k, v, window_left, window_right, softmax_scale)
+    plain = cu_seqlens_q is None and attn_bias is alibi_slopes is sinks is None and softcap == dropout_p == 0
+    if plain and _is_one_call(q, k, v, window_left, window_right):
+        results = _forward_in_one_call(q, k, v, window_right, softmax_scale)
         if results is not None:
             return results
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
@@ -124,6 +125,11 @@ def attention_bwd(
     dout and dlse have out's and lse's shapes and any strides; dlse may be None. dbias (attn_bias's shape and dtype) is
     computed where ``bias_grad``; dsinks (sinks' dtype) where sinks are given.
     """
+    # In half precision torch's fused backward adds up dk and dv in that precision, with several times naive's error.
+    fusable = dlse is None and not bias_grad and not _is_half(q.dtype)
+    plain = cu_seqlens_q is None and attn_bias is alibi_slopes is sinks is None and softcap == dropout_p == 0
+    if fusable and plain and _is_one_call(q, k, v, window_left, window_right):
+        return *_backward_in_one_call(dout, q, k, v, out, lse, window_right, softmax_scale), None, None
     if dlse is not None:  # no key, no gradient, whatever dlse holds there
         dlse = dlse.masked_fill(lse == -math.inf, 0.0)
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
@@ -131,8 +137,6 @@ def attention_bwd(
     dbias = torch.zeros(attn_bias.shape, dtype=accumulate, device=q.device) if bias_grad else None
     delta = torch.zeros_like(lse)  # rowsum(P * dP), which sinks need
     of_rows = (lse, delta) if dlse is None else (lse, delta, dlse)
-    # In half precision torch's fused backward adds up dk and dv in that precision, with several times naive's error.
-    fusable = dlse is None and not bias_grad and not _is_half(q.dtype)
     for (q_, out_, dout_, dq_), (k_, v_, dk_, dv_), (lse_, delta_, *dlse_), mask, dbias_, dropout in _dense_batches(
         (q, out, dout, dq), (k, v, dk, dv), of_rows, attn_bias, alibi_slopes, dbias, cu_seqlens_q, cu_seqlens_k,
         window_left, window_right, dropout_seed, dropout_p,
@@ -141,7 +145,8 @@ def attention_bwd(
             continue
         if fusable and _fused_fits(mask, softcap, dropout):
             _backward_fused(dout_, q_, k_, v_, mask, softmax_scale, out_, lse_, dq_, dk_, dv_)
-            delta_.copy_((out_ * dout_).sum(-1).transpose(1, 2))
+            if sinks is not None:
+                delta_.copy_((out_ * dout_).sum(-1).transpose(1, 2))
         else:
             _backward_chunked(
                 dout_, dlse_[0] if dlse_ else None, q_, k_, v_, mask, sinks, dropout, softmax_scale, softcap,
@@ -310,18 +315,28 @@ def _fused_inputs(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
 
 
-def _forward_in_one_call(q, k, v, left, right, scale) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """out and lse as the fused op allocates them, where it does exactly this job; None where it does not."""
+def _is_one_call(q, k, v, left, right) -> bool:
+    """Whether a dense call without bias, slopes, sinks, softcap and dropout is one call of the fused op."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    if right is not None and right >= seqlen_q - 1:
-        right = None
-    if (left is not None and left < seqlen_k - 1) or right not in (None, seqlen_q - seqlen_k):
-        return None
-    if q.numel() == 0 or k.numel() == 0 or v.shape[-1] != q.shape[-1]:
-        return None
+    unwindowed = (left is None or left >= seqlen_k - 1) and (
+        right is None or right >= seqlen_q - 1 or right == seqlen_q - seqlen_k
+    )
+    return unwindowed and q.numel() > 0 and k.numel() > 0 and v.shape[-1] == q.shape[-1]
+
+
+def _forward_in_one_call(q, k, v, right, scale) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """out and lse as the fused op allocates them; None where it was misled."""
+    causal = right is not None and right < q.shape[1] - 1
     q, k, v = _fused_inputs(q, k, v)
-    out, lse = _fused_forward(q, k, v, 0.0, right is not None, attn_mask=None, scale=scale)
+    out, lse = _fused_forward(q, k, v, 0.0, causal, attn_mask=None, scale=scale)
     return None if _misled(lse, q, k) else (out.transpose(1, 2).contiguous(), lse.contiguous())
+
+
+def _backward_in_one_call(dout, q, k, v, out, lse, right, scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    causal = right is not None and right < q.shape[1] - 1
+    q, k, v, out, dout = _fused_inputs(q, k, v, out, dout)
+    grads = _fused_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=None, scale=scale)
+    return tuple(grad.transpose(1, 2).contiguous() for grad in grads)
 
 
 def _forward_fused(q, k, v, mask, sinks, scale, out, lse) -> bool:
