@@ -171,7 +171,7 @@ def test_packed_variants(settings):
 @pytest.mark.parametrize("settings", ["plain", "left-window-causal", "scale-softcap", "alibi"])
 @pytest.mark.parametrize("layout", ["dense", "varlen"])
 def test_s_dmask_is_the_mask_that_was_used(layout, settings):
-    settings, dropout_p = SETTINGS[settings], 0.4
+    settings, dropout_p = SETTINGS[settings], 0.375  # one that the CPU's 16 bits hold exactly
     tensors, lengths = (dense(), ()) if layout == "dense" else packed()
     function = flash_attn.flash_attn_func if layout == "dense" else flash_attn.flash_attn_varlen_func
     names = dict(zip(LENGTHS, lengths, strict=False))
