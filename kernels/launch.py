@@ -63,13 +63,15 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -
     was. fp fusion is named because Triton 3.10 turns its default off and the kernels count on a·b + c being one
     instruction.
     """
-    if 0 not in grid:
+    if 0 in grid:
+        return
+    if interpreted():
+        kernel[grid](*args, **meta)
+    else:
         contextvars.copy_context().run(_launch, kernel, grid, device, args, meta)
 
 
 def _launch(kernel, grid, device, args, meta) -> None:
-    if not interpreted():
-        meta["enable_fp_fusion"] = True
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, **meta)
+        kernel[grid](*args, enable_fp_fusion=True, **meta)
