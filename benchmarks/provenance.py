@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Everything needed to judge a figure, as a JSON-ready dict. What this machine does not tell is None."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["fastattn", *sys.argv[1:]]),
         "commit": commit(),
         "fastattn": fastattn.__version__,
         "python": platform.python_version(),
