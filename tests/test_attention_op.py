@@ -831,6 +831,5 @@ torch.backends.cuda.matmul.fp32_precision = "tf32"  # from here on torch refuses
 from fastattn.kernels.attention import _precision
 assert _precision(torch.float32) == "tf32" and _precision(torch.float16) == "ieee"
 """
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton")
+    pytest.importorskip("triton", reason="needs triton")
     subprocess.run([sys.executable, "-c", code], check=True)

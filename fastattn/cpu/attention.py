@@ -39,6 +39,12 @@ class _Mask(NamedTuple):
     left: int | None
     right: int | None
 
+    def as_is_causal(self, shift: int) -> bool | None:
+        """torch's is_causal flag where that says all there is to say, else None. shift is S_k - S_q."""
+        if self.bias is None and self.slopes is None and self.left is None and self.right in (None, -shift):
+            return self.right is not None  # a right side of -shift puts row 0 on key 0: top-left causal
+        return None
+
 
 class _Dropout(NamedTuple):
     """p in 65536ths, as `_keep` compares it, and what names the mask: the seed, and the dense batch's place in the call."""
@@ -73,9 +79,10 @@ def attention_fwd(
     Returns out, contiguous, (B, S_q, H, D_v) or (T, H, D_v), in q's dtype; lse, contiguous, natural log, (B, H, S_q) or
     (H, T), float32 (float64 for float64 inputs). Accumulates in float32.
     """
-    plain = cu_seqlens_q is None and attn_bias is alibi_slopes is sinks is None and softcap == dropout_p == 0
-    if plain and _is_one_call(q, k, v, window_left, window_right):
-        results = _forward_in_one_call(q, k, v, window_right, softmax_scale)
+    unmodified = cu_seqlens_q is None and sinks is None and softcap == dropout_p == 0
+    causal = _one_call(q, k, v, attn_bias, alibi_slopes, window_left, window_right) if unmodified else None
+    if causal is not None:
+        results = _forward_in_one_call(q, k, v, causal, softmax_scale)
         if results is not None:
             return results
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
@@ -127,9 +134,10 @@ def attention_bwd(
     """
     # In half precision torch's fused backward adds up dk and dv in that precision, with several times naive's error.
     fusable = dlse is None and not bias_grad and not _is_half(q.dtype)
-    plain = cu_seqlens_q is None and attn_bias is alibi_slopes is sinks is None and softcap == dropout_p == 0
-    if fusable and plain and _is_one_call(q, k, v, window_left, window_right):
-        return *_backward_in_one_call(dout, q, k, v, out, lse, window_right, softmax_scale), None, None
+    unmodified = cu_seqlens_q is None and sinks is None and softcap == dropout_p == 0
+    causal = _one_call(q, k, v, attn_bias, alibi_slopes, window_left, window_right) if fusable and unmodified else None
+    if causal is not None:
+        return *_backward_in_one_call(dout, q, k, v, out, lse, causal, softmax_scale), None, None
     if dlse is not None:  # no key, no gradient, whatever dlse holds there
         dlse = dlse.masked_fill(lse == -math.inf, 0.0)
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
@@ -189,18 +197,12 @@ def _dense_batches(
     bias, dbias = _four_dims(attn_bias), _four_dims(dbias)
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(-1, alibi_slopes.shape[-1])
     seed = int(dropout_seed) if dropout_p > 0 else 0
-
-    def mask(bias, slopes, seqlen_q, seqlen_k):
-        left_, right_ = left, right
-        if left is not None and left >= seqlen_k - 1:
-            left_ = None
-        if right is not None and right >= seqlen_q - 1:
-            right_ = None
-        return _Mask(bias, slopes, left_, right_)
+    dropout_p = _resolved(dropout_p)
 
     if cu_seqlens_q is None:
         seqlen_q, seqlen_k = of_queries[0].shape[1], of_keys[0].shape[1]
-        yield of_queries, of_keys, lses, mask(bias, slopes, seqlen_q, seqlen_k), dbias, _Dropout(_resolved(dropout_p), seed, 0)
+        mask = _mask(bias, slopes, left, right, seqlen_q, seqlen_k)
+        yield of_queries, of_keys, lses, mask, dbias, _Dropout(dropout_p, seed, 0)
         return
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
@@ -211,10 +213,17 @@ def _dense_batches(
             [t[None, rows] for t in of_queries],
             [t[None, keys] for t in of_keys],
             [t[None, :, rows] for t in lses],
-            mask(_part(bias, *place), _part(slopes, *place), seqlen_q, seqlen_k),
+            _mask(_part(bias, *place), _part(slopes, *place), left, right, seqlen_q, seqlen_k),
             _part(dbias, *place),
-            _Dropout(_resolved(dropout_p), seed, b),
+            _Dropout(dropout_p, seed, b),
         )
+
+
+def _mask(bias, slopes, left: int | None, right: int | None, seqlen_q: int, seqlen_k: int) -> _Mask:
+    """A mask without the sides that exclude nothing at these lengths."""
+    left = None if left is None or left >= seqlen_k - 1 else left
+    right = None if right is None or right >= seqlen_q - 1 else right
+    return _Mask(bias, slopes, left, right)
 
 
 def _row_chunks(seqlen_q: int, seqlen_k: int, mask: _Mask, rows: int) -> Iterator[tuple[slice, slice]]:
@@ -277,8 +286,9 @@ def _fused_chunks(q, k, mask: _Mask) -> Iterator[tuple[slice, slice, torch.Tenso
     shift = seqlen_k - seqlen_q
     everything = slice(0, seqlen_q), slice(0, seqlen_k)
     windowed = mask.left is not None or mask.right is not None
-    if bias is None and mask.left is None and mask.right in (None, -shift):
-        yield *everything, None, windowed  # a right side of -shift puts row 0 on key 0: top-left causal
+    causal = mask.as_is_causal(shift)
+    if causal is not None:
+        yield *everything, None, causal
         return
     if not windowed and (bias.dtype in (q.dtype, _accumulation_dtype(q.dtype)) or bias.numel() <= _CHUNK_ELEMENTS):
         yield *everything, _additive(bias, q.dtype), False
@@ -315,25 +325,22 @@ def _fused_inputs(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
 
 
-def _is_one_call(q, k, v, left, right) -> bool:
-    """Whether a dense call without bias, slopes, sinks, softcap and dropout is one call of the fused op."""
+def _one_call(q, k, v, bias, slopes, left, right) -> bool | None:
+    """is_causal of the fused op's call that is the whole of a dense one without sinks, softcap and dropout, else None."""
+    if q.numel() == 0 or k.numel() == 0 or v.shape[-1] != q.shape[-1]:
+        return None
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    unwindowed = (left is None or left >= seqlen_k - 1) and (
-        right is None or right >= seqlen_q - 1 or right == seqlen_q - seqlen_k
-    )
-    return unwindowed and q.numel() > 0 and k.numel() > 0 and v.shape[-1] == q.shape[-1]
+    return _mask(bias, slopes, left, right, seqlen_q, seqlen_k).as_is_causal(seqlen_k - seqlen_q)
 
 
-def _forward_in_one_call(q, k, v, right, scale) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _forward_in_one_call(q, k, v, causal, scale) -> tuple[torch.Tensor, torch.Tensor] | None:
     """out and lse as the fused op allocates them; None where it was misled."""
-    causal = right is not None and right < q.shape[1] - 1
     q, k, v = _fused_inputs(q, k, v)
     out, lse = _fused_forward(q, k, v, 0.0, causal, attn_mask=None, scale=scale)
     return None if _misled(lse, q, k) else (out.transpose(1, 2).contiguous(), lse.contiguous())
 
 
-def _backward_in_one_call(dout, q, k, v, out, lse, right, scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    causal = right is not None and right < q.shape[1] - 1
+def _backward_in_one_call(dout, q, k, v, out, lse, causal, scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v, out, dout = _fused_inputs(q, k, v, out, dout)
     grads = _fused_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=None, scale=scale)
     return tuple(grad.transpose(1, 2).contiguous() for grad in grads)
