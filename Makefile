@@ -53,11 +53,11 @@ demo: $(VENV)/.setup-hf
 
 # Two processes, since Triton reads TRITON_INTERPRET when a kernel is defined.
 test: $(VENV)/.setup
-	TRITON_INTERPRET=1 $(TEST_ENV) $(PYTEST) -m "interpret and not more"
+	TRITON_INTERPRET=1 $(TEST_ENV) $(PYTEST) -m "(interpret or both) and not more"
 	unset TRITON_INTERPRET; $(TEST_ENV) $(PYTEST) -m "not interpret and not more and not gpu"
 
 test-more: $(VENV)/.setup
-	TRITON_INTERPRET=1 $(TEST_ENV) $(PYTEST) -m "interpret and more"
+	TRITON_INTERPRET=1 $(TEST_ENV) $(PYTEST) -m "(interpret or both) and more"
 	unset TRITON_INTERPRET; $(TEST_ENV) $(PYTEST) -m "more and not interpret and not gpu"
 	$(MAKE) cards-check
 	$(MAKE) test-second-torch

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .blocks import sequence, visible, visible_blocks
-from .launch import interpreted, launch, target_of, tma_compatible
+from .launch import check_grid, interpreted, launch, target_of, tma_compatible
 from .primitives import (
     LN2,
     LOG2E,
@@ -342,12 +342,6 @@ def _broadcast_strides(t: torch.Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def check_grid(programs: int) -> tuple[int]:
-    if programs >= 2**31:
-        raise ValueError(f"attention: q and k must need fewer than 2^31 tiles, got {programs}")
-    return (programs,)
-
-
 def tiling(config: Config, *tensors: torch.Tensor) -> dict:
     """A Config as launch arguments; descriptors only where every tensor's layout permits."""
     return dict(
@@ -379,7 +373,7 @@ def attention_fwd(
     lse = problem.new(*lse_shape, like=q, dtype=torch.float32, fill=float("-inf"))
     num_blocks = triton.cdiv(max_seqlen_q, config.BLOCK_M)
     launch(
-        _attention_fwd_kernel, check_grid(num_blocks * problem.batch * problem.num_heads), q.device,
+        _attention_fwd_kernel, check_grid("attention", num_blocks * problem.batch * problem.num_heads), q.device,
         q_ptr=q, k_ptr=k, v_ptr=v, sinks_ptr=problem.sinks, out_ptr=out, lse_ptr=lse, num_blocks=num_blocks,
         **problem.shared, OVERLAP=config.overlap, **tiling(config, q, k, v),
     )  # fmt: skip

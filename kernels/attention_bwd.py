@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import LENGTHS, Problem, check_grid, score, slope_of, tiling
+from .attention import LENGTHS, Problem, score, slope_of, tiling
 from .blocks import sequence, visible, visible_blocks
-from .launch import launch
+from .launch import check_grid, launch
 from .primitives import LOG2E, cast, dot, dropout_keep, load_tile, store_tile, tile_source
 from .tiles import Config
 
@@ -457,7 +457,7 @@ def attention_bwd(
     dlse_strides = (0, 0, 0) if dlse is None else (0, *dlse.stride())[-3:]
     dout_strides = {**problem.strides("do", dout), "stride_dod": dout.stride(-1)}
     launch(
-        _attention_bwd_delta_kernel, check_grid(num_blocks * batch * num_heads), q.device,
+        _attention_bwd_delta_kernel, check_grid("attention", num_blocks * batch * num_heads), q.device,
         out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, delta_ptr=delta, lse2_ptr=lse2, num_rows=rows, num_heads=num_heads,
         num_blocks=num_blocks, **dout_strides, stride_dlse_b=dlse_strides[0], stride_dlse_h=dlse_strides[1], stride_dlse_s=dlse_strides[2],
         HEAD_DIM_V=problem.head_dim_v, BLOCK_M=32, BLOCK_DV=shared["BLOCK_DV"], num_warps=4,
@@ -475,7 +475,7 @@ def attention_bwd(
     num_blocks = triton.cdiv(max_seqlen_k, config.BLOCK_N)
     for want_dk, want_dv in ((False, True), (True, False)) if config.split else ((True, True),):
         launch(
-            _attention_bwd_dkdv_kernel, check_grid(num_blocks * problem.batch * problem.num_kv_heads), q.device,
+            _attention_bwd_dkdv_kernel, check_grid("attention", num_blocks * problem.batch * problem.num_kv_heads), q.device,
             **tensors, dk_ptr=dk, dv_ptr=dv, num_blocks=num_blocks, softmax_scale=softmax_scale, **shared,
             WANT_DK=want_dk, WANT_DV=want_dv, **tiling(config, q, k, v, dout),
         )  # fmt: skip
@@ -485,7 +485,7 @@ def attention_bwd(
     config = config_of("attention_bwd_dq")
     num_blocks = triton.cdiv(max_seqlen_q, config.BLOCK_M)
     launch(
-        _attention_bwd_dq_kernel, check_grid(num_blocks * problem.batch * num_heads), q.device,
+        _attention_bwd_dq_kernel, check_grid("attention", num_blocks * problem.batch * num_heads), q.device,
         **tensors, dq_ptr=dq, p_dp_ptr=p_dp, num_blocks=num_blocks, softmax_scale=softmax_scale, **shared, **tiling(config, q, k, v, dout),
     )  # fmt: skip
 
@@ -500,7 +500,7 @@ def attention_bwd(
         bias_b, bias_h, bias_m, bias_n = attn_bias.shape
         tiles = triton.cdiv(bias_m, config.BLOCK_M) * triton.cdiv(bias_n, config.BLOCK_N)
         launch(
-            _attention_bwd_dbias_kernel, check_grid(tiles * bias_b * bias_h), q.device,
+            _attention_bwd_dbias_kernel, check_grid("attention", tiles * bias_b * bias_h), q.device,
             **tensors, dbias_ptr=dbias, num_blocks=num_blocks, num_blocks_n=triton.cdiv(max_seqlen_k, config.BLOCK_N),
             batch_size=problem.batch, bias_b=bias_b, bias_h=bias_h, bias_m=bias_m, bias_n=bias_n, **shared,
             ONE_ROW=bias_m == 1, ONE_COL=bias_n == 1, **tiling(config, q, k, v, dout),

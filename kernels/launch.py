@@ -55,6 +55,13 @@ def tma_compatible(tensor: torch.Tensor) -> bool:
     )
 
 
+def check_grid(op: str, programs: int) -> tuple[int]:
+    """The grid of so many programs, which CUDA has for fewer than 2^31."""
+    if programs >= 2**31:
+        raise ValueError(f"{op}: the input must need fewer than 2^31 programs, got {programs}")
+    return (programs,)
+
+
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:
     """Run `kernel[grid](*args, **meta)` on `device`.
 

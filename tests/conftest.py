@@ -1,7 +1,7 @@
 """What every test runs under: fixed seeds, poisoned empties, checked interpreted launches, and honest skips.
 
 The suite runs as two processes, because TRITON_INTERPRET is read when a kernel is decorated:
-    TRITON_INTERPRET=1 pytest -m "interpret and not more"
+    TRITON_INTERPRET=1 pytest -m "(interpret or both) and not more"
     pytest -m "not interpret and not more and not gpu"
 Only torch and pytest are needed to import this file.
 """
@@ -29,7 +29,8 @@ if importlib.util.find_spec("hypothesis"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this process cannot run."""
     for item in items:
-        wants_interpreter = item.get_closest_marker("interpret") is not None
+        in_both = item.get_closest_marker("both") is not None
+        wants_interpreter = item.get_closest_marker("interpret") is not None or (in_both and INTERPRETING)
         if wants_interpreter and not INTERPRETING:
             item.add_marker(pytest.mark.skip(reason="interpret: runs in the process with TRITON_INTERPRET=1"))
         elif not wants_interpreter and INTERPRETING:
@@ -81,11 +82,11 @@ def fixed_seed_and_poisoned_empties():
 
 @pytest.fixture(autouse=True)
 def launches(request: pytest.FixtureRequest):
-    """Runs every interpreted launch of an `interpret` test under the bounds and race checker.
+    """Runs every interpreted launch of an `interpret` or `both` test under the bounds and race checker.
 
     Gives the checker's record, so that a test can assert `launches.count > 0`; None in other tests.
     """
-    if request.node.get_closest_marker("interpret") is None:
+    if not INTERPRETING or not any(map(request.node.get_closest_marker, ("interpret", "both"))):
         yield None
         return
     from fastattn.testing.checker import checked_launches

@@ -73,8 +73,8 @@ def test_cuda_implementation_compiles_and_never_syncs(as_on_cuda, capability):
     q, k, v = dense(seqlen=200, kv_heads=2)
     options = (200, 200, None, 0, 0.125, 0.0, 0.0)
     with stub_driver(capability) as driver, no_host_sync():
-        out, lse = ops._attention_fwd(q, k, v, *PLAIN, *options)
-        ops._attention_bwd(out, None, q, k, v, *PLAIN, out, lse, *options, False)
+        out, lse, _ = ops._attention_fwd(q, k, v, *PLAIN, *options, False)
+        ops._attention_bwd(out, None, q, k, v, *PLAIN, out, lse, None, *options, False)
     assert {launch.name for launch in driver.launches} == {
         "_attention_fwd_kernel", "_attention_bwd_delta_kernel", "_attention_bwd_dkdv_kernel", "_attention_bwd_dq_kernel",
     }  # fmt: skip
@@ -95,8 +95,8 @@ def test_everything_on_never_syncs(as_on_cuda, launches_only, packed):
     if packed:
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     with stub_driver(), no_host_sync():
-        out, lse = ops._attention_fwd(q, k, v, *tensors, *options)
-        *_, dbias, dsinks = ops._attention_bwd(out, lse, q, k, v, *tensors, out, lse, *options, True)
+        out, lse, _ = ops._attention_fwd(q, k, v, *tensors, *options, False)
+        *_, dbias, dsinks = ops._attention_bwd(out, lse, q, k, v, *tensors, out, lse, None, *options, True)
     assert dbias.shape == bias.shape and dbias.dtype == bias.dtype
     assert dsinks.shape == (heads,) and dsinks.dtype == torch.bfloat16
     assert [name for name, _, _ in launches_only].count("_attention_bwd_dbias_kernel") == 1
@@ -114,9 +114,9 @@ def test_grid_holds_more_than_65535_programs():
 
 
 def test_grid_limit_is_an_error_of_ours():
-    with pytest.raises(ValueError, match=r"attention: q and k must need fewer than 2\^31 tiles, got 2147483648"):
-        attention.check_grid(2**31)
-    assert attention.check_grid(2**31 - 1) == (2**31 - 1,)
+    with pytest.raises(ValueError, match=r"attention: the input must need fewer than 2\^31 programs, got 2147483648"):
+        attention.check_grid("attention", 2**31)
+    assert attention.check_grid("attention", 2**31 - 1) == (2**31 - 1,)
     with stub_driver(), pytest.raises(LaunchRefused, match="grid x"):  # what it stands for
         q, k, v = dense()
         attention.launch(attention_bwd._attention_bwd_delta_kernel, (2**31,), q.device, **delta_arguments(q))

@@ -136,3 +136,21 @@ def check_probability(op: str, arg: str, p: float) -> None:
     check_number(op, arg, p)
     if not 0.0 <= p < 1.0:
         reject(op, arg, "lie in [0, 1)", p)
+
+
+def check_dtype(op: str, arg: str, value: torch.Tensor) -> None:
+    if value.dtype not in FLOAT_DTYPES:
+        reject(op, arg, "be float16, bfloat16 or float32", value.dtype, TypeError)
+
+
+def dimension(op: str, arg: str, dim: object, rank: int) -> int:
+    """A dim of a tensor of that rank, counted from the front; a scalar has one, as torch sees it."""
+    dim, rank = integer(op, arg, dim, "be an int"), max(rank, 1)
+    if not -rank <= dim < rank:
+        reject(op, arg, f"lie in [{-rank}, {rank - 1}]", dim, IndexError)
+    return dim % rank
+
+
+def autocasts_to_float32(value: torch.Tensor) -> bool:
+    """Whether torch's autocast would run softmax, norms and losses of this tensor in float32: it does so on CUDA alone."""
+    return value.is_cuda and torch.is_autocast_enabled("cuda")

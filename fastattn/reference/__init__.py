@@ -2,5 +2,6 @@
 
 from fastattn.reference.attention import attention
 from fastattn.reference.philox import philox_keep
+from fastattn.reference.softmax import softmax
 
-__all__ = ["attention", "philox_keep"]
+__all__ = ["attention", "philox_keep", "softmax"]

@@ -1,6 +1,6 @@
 """What the compiler makes of an op's kernels, stage by stage, for any part and without a GPU.
 
-    fastattn dump attention --part sm90 --head-dim 128 --flags plain
+    fastattn dump attention --part sm90 --size 128 --flags plain
 
 writes ttir, ttgir, llir, ptx and sass of each kernel of the op to dump/, and prints its registers, spills and shared memory.
 """
@@ -11,36 +11,39 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cards
+from .families import DTYPES, PARTS, Job, families
 from .sass import disassemble, read_card
 from .stub_driver import stub_driver
 
 STAGES = ("ttir", "ttgir", "llir", "ptx")
 
 
-def _head_dim(text: str) -> int:
-    head_dim = int(text) if text.isdecimal() else 0
-    if not 1 <= head_dim <= 512:
-        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 512, got {text!r}")
-    return head_dim
+def _size(text: str) -> int:
+    size = int(text) if text.isdecimal() else 0
+    if not 1 <= size < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastattn dump", description="Write the compiler's stages of an op's kernels.")
-    ops = sorted({launcher.rsplit("_", 1)[0] for launcher in cards.LAUNCHERS})
-    parser.add_argument("op", choices=ops)
-    parser.add_argument("--part", choices=sorted(cards.PARTS), default="sm90")
-    parser.add_argument("--dtype", choices=sorted(cards.DTYPES), default="half")
-    parser.add_argument("--head-dim", type=_head_dim, default=128, metavar="1..512")
-    parser.add_argument("--flags", choices=cards.FLAGS, default="plain")
+    parser.add_argument("op", choices=list(families()))
+    parser.add_argument("--part", choices=sorted(PARTS), default="sm90")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="half")
+    parser.add_argument("--size", type=_size, default=128, help="head dim or row length (default: 128)")
+    parser.add_argument("--flags", help="options to compile with (default: the op's first set)")
     parser.add_argument("--out", type=Path, default=Path("dump"))
     options = parser.parse_args(argv)
-    for launcher in (name for name in cards.LAUNCHERS if name.startswith(options.op)):
-        job = cards.Job(launcher, options.part, options.dtype, options.head_dim, options.flags)
+    family = families()[options.op]
+    for launcher in family.launchers:
+        flags = options.flags or family.flags[launcher][0]
+        if flags not in family.flags[launcher]:
+            parser.error(f"--flags must be one of {', '.join(family.flags[launcher])}, got {flags!r}")
+        job = Job(launcher, options.part, options.dtype, options.size, flags)
         folder = options.out / str(job).replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
-        with stub_driver(cards.PARTS[options.part]) as driver:
-            cards.launch(job)
+        with stub_driver(job.capability) as driver:
+            family.launch(job)
             for index, launched in enumerate(driver.launches):
                 name = f"{index}{launched.name}"
                 for stage in STAGES:

@@ -53,6 +53,7 @@ class KernelCard:
     mma: dict[str, int]  # by opcode: HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05)
     tma: int  # UTMALDG: tensor loads by TMA
     cp_async: int  # LDGSTS: asynchronous copies global → shared
+    access: dict[str, int]  # global loads and stores by bits a thread: {"LDG.128": 4, "STG.16": 1}
     local: int  # LDL and STL: spill traffic
     ex2: int  # MUFU.EX2
     hot_loop_instructions: int | None  # None: no loop holds a matrix instruction
@@ -145,6 +146,12 @@ def overlap(loop: list[Instruction]) -> float | None:
     return sum(carried[0] < n < carried[-1] for n in exponentials) / len(exponentials)
 
 
+def _bits(access: Instruction) -> int:
+    """Of one LDG or STG: its modifier says where they are not 32."""
+    sizes = (re.fullmatch(r"[US]?(8|16|64|128|256)", modifier) for modifier in access.opcode.split("."))
+    return next((int(size[1]) for size in sizes if size), 32)
+
+
 def _destination(instruction: Instruction) -> str:
     return instruction.text.split(instruction.opcode, 1)[1].split(",")[0].strip()
 
@@ -167,6 +174,7 @@ def read_card(compiled: Any) -> dict[str, Any]:
         mma=dict(sorted(Counter(i.base for i in code if is_mma(i)).items())),
         tma=count(code, "UTMALDG"),
         cp_async=count(code, "LDGSTS"),
+        access=dict(sorted(Counter(f"{i.base}.{_bits(i)}" for i in code if i.base in ("LDG", "STG")).items())),
         local=count(code, "LDL", "STL"),
         ex2=count(code, "MUFU.EX2"),
         hot_loop_instructions=None if loop is None else len(loop),

@@ -1,0 +1,89 @@
+"""How an op becomes a torch operator: schema, implementation and fake in one call, and autograd as a Function around it.
+
+Autograd is not `register_autograd`, which gives zero JVPs, nor the bare operator in a backward, through which a double
+backward drops terms without a word. It is an autograd.Function without jvp, called by `apply`, whose backward hands its
+gradients to `once`: both forward-mode AD and a gradient of a gradient then raise, naming the op.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_library = torch.library.Library("fastattn", "FRAGMENT")
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> None:
+    """Define `fastattn::<schema>`, run by `implementation` on CPU and CUDA tensors, described by `fake` to compilers.
+
+    The fake allocates what the implementation returns: shapes, dtypes and strides.
+    """
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, implementation, device)
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
+
+
+def differentiable(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """A class decorator: gives the Function a vmap rule, and its forward a signature worked out once.
+
+    `Function.apply` asks for the signature at every call, and working it out takes longer than everything else it does.
+    """
+    function.generate_vmap_rule = True
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
+
+
+def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)` where a gradient is wanted, else its forward alone: a Function costs as much again.
+
+    Raises: NotImplementedError under forward-mode AD.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"fastattn.{op}: forward-mode AD is not supported; use fastattn.reference.{op}"
+        )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return function.apply(*args)
+    return function.forward(*args)
+
+
+def once(op: str, grads: Sequence[Tensor | None], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A backward's gradients, made such that differentiating them again raises.
+
+    inputs: what they were computed from, upstream gradients and saved tensors alike, at most five.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # nothing records this backward
+        return tuple(grads)
+    sources = [t for t in inputs if t is not None and t.requires_grad]
+    if not sources:
+        return tuple(grads)
+    sources += [None] * (5 - len(sources))
+    return tuple(None if grad is None else _Once.apply(op, grad, *sources) for grad in grads)
+
+
+@differentiable
+class _Once(torch.autograd.Function):
+    """The identity on `grad`, which autograd takes for a function of all its tensors, and which has no derivative."""
+
+    @staticmethod
+    def forward(op, grad, first, second, third, fourth, fifth):
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"fastattn.{ctx.op}: double backward is not supported; "
+            f"use fastattn.reference.{ctx.op} where a gradient of a gradient is needed"
+        )

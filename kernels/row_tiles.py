@@ -1,0 +1,60 @@
+"""Tile choices of the row kernels as frozen data, and the pure function that picks one.
+
+A row is (kernel, dtype class, largest row length) → RowConfig, for every part: no matrix instructions are in play, and what
+differs between parts (registers and threads an SM) is alike from sm_80 to sm_100. LONG stands for any length beyond the last
+bucket, walked in blocks. All rows of all kernels keep to two rules of thumb: 16 to 32 elements a thread, and enough programs
+resident that about 64 KB of loads are in flight on an SM. "static" = chosen by what the compiler makes of it, not yet timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LONG = 1 << 31
+ROW_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, LONG)
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """One kernel's tile: BLOCK columns of ROWS rows at once; `long`: BLOCK columns after BLOCK columns of one row."""
+
+    ROWS: int
+    BLOCK: int
+    num_warps: int
+    long: bool = False
+
+    def meta(self) -> dict[str, int]:
+        """As launch arguments."""
+        return dict(ROWS=self.ROWS, BLOCK=self.BLOCK, num_warps=self.num_warps)
+
+
+def _rows(kernel: str, dtype_class: str, *tiles: tuple[int, int, int]) -> dict[tuple[str, str, int], RowConfig]:
+    """Rows of the table from one (ROWS, BLOCK, num_warps) a bucket, shortest first; the last is LONG's."""
+    buckets = (*ROW_BUCKETS[: len(tiles) - 1], LONG)
+    return {
+        (kernel, dtype_class, bucket): RowConfig(*tile, long=bucket == LONG)
+        for bucket, tile in zip(buckets, tiles, strict=True)
+    }
+
+
+# fmt: off
+ROW_TILES: dict[tuple[str, str, int], RowConfig] = {
+    # softmax: static. Forward keeps a row in registers up to 32768; 65536 spills at every legal warp count.
+    **_rows("softmax_fwd", "half", (64, 64, 4), (32, 128, 4), (16, 256, 4), (2, 512, 1), (1, 1024, 1), (1, 2048, 2),
+            (1, 4096, 4), (1, 8192, 8), (1, 16384, 16), (1, 32768, 16), (1, 8192, 8)),
+    **_rows("softmax_fwd", "single", (64, 64, 4), (32, 128, 4), (16, 256, 4), (2, 512, 1), (1, 1024, 1), (1, 2048, 2),
+            (1, 4096, 4), (1, 8192, 8), (1, 16384, 16), (1, 32768, 16), (1, 8192, 8)),
+    # Backward holds two rows: half as many elements a thread where rows share a program, and 32768 goes the long way.
+    **_rows("softmax_bwd", "half", (64, 64, 8), (16, 128, 4), (16, 256, 8), (2, 512, 1), (1, 1024, 1), (1, 2048, 2),
+            (1, 4096, 4), (1, 8192, 8), (1, 16384, 16), (1, 8192, 8)),
+    **_rows("softmax_bwd", "single", (64, 64, 8), (16, 128, 4), (16, 256, 8), (2, 512, 1), (1, 1024, 1), (1, 2048, 2),
+            (1, 4096, 4), (1, 8192, 8), (1, 16384, 16), (1, 8192, 8)),
+}
+# fmt: on
+
+
+def pick_row_config(kernel: str, num_cols: int, itemsize: int) -> RowConfig:
+    """The tile for rows of num_cols columns; `itemsize` is the widest row's. Pure: no GPU needed."""
+    dtype_class = "half" if itemsize == 2 else "single"
+    buckets = (bucket for bucket in ROW_BUCKETS if num_cols <= bucket and (kernel, dtype_class, bucket) in ROW_TILES)
+    return ROW_TILES[kernel, dtype_class, next(buckets)]
