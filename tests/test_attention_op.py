@@ -61,54 +61,60 @@ def fresh_dynamo():
 # Registration: schema, fake implementation, strides.
 
 
-def operator_arguments(case: str) -> tuple:
-    """The positional arguments of fastattn::attention_fwd."""
+def operator_arguments(case: str, keep_weights: bool = False) -> tuple:
+    """The positional arguments of fastattn::attention_fwd; packed calls keep no weights."""
     if case == "packed":
         q, k, v = packed_inputs()
-        return q, k, v, None, None, None, None, CU_SEQLENS_Q, CU_SEQLENS_K, 6, 7, 2, 0, 0.3, 0.0, 0.0
+        return q, k, v, None, None, None, None, CU_SEQLENS_Q, CU_SEQLENS_K, 6, 7, 2, 0, 0.3, 0.0, 0.0, False
     q, k, v = dense_inputs()
     if case == "permuted":
         q, k, v = map(permuted, (q, k, v))
     if case == "every tensor":
         bias, slopes, sinks, seed = torch.randn(1, 4, 5, 7), torch.rand(2, 4), torch.randn(4), draw_seed(q.device)
-        return q, k, v, bias, slopes, sinks, seed, None, None, 5, 7, 4, 1, 0.3, 5.0, 0.25
+        return q, k, v, bias, slopes, sinks, seed, None, None, 5, 7, 4, 1, 0.3, 5.0, 0.25, keep_weights
     if case == "bool bias":
-        return q, k, v, torch.rand(2, 1, 1, 7) < 0.7, None, None, None, None, None, 5, 7, None, None, 0.3, 0.0, 0.0
-    return q, k, v, None, None, None, None, None, None, 5, 7, None, 0, 0.3, 0.0, 0.0
+        return q, k, v, torch.rand(2, 1, 1, 7) < 0.7, None, None, None, None, None, 5, 7, None, None, 0.3, 0.0, 0.0, keep_weights
+    return q, k, v, None, None, None, None, None, None, 5, 7, None, 0, 0.3, 0.0, 0.0, keep_weights
 
 
 CASES = ["contiguous", "permuted", "packed", "bool bias", "every tensor"]
 
 
-def backward_arguments(case: str, dlse: bool = True) -> tuple:
+def backward_arguments(case: str, dlse: bool = True, keep_weights: bool = False) -> tuple:
     """The positional arguments of fastattn::attention_bwd after the forward of the same case."""
-    arguments = operator_arguments(case)
-    out, lse = torch.ops.fastattn.attention_fwd(*arguments)
+    *arguments, keep_weights = operator_arguments(case, keep_weights)
+    out, lse, weights = torch.ops.fastattn.attention_fwd(*arguments, keep_weights)
     dout = torch.randn_like(out)
     if case == "permuted":
         dout = permuted(dout)
     dlse = torch.randn_like(lse) if dlse else None
     bias_grad = case == "every tensor"
-    return dout, dlse, *arguments[:9], out, lse, *arguments[9:], bias_grad
+    return dout, dlse, *arguments[:9], out, lse, weights if keep_weights else None, *arguments[9:], bias_grad
 
 
+KEEP = pytest.mark.parametrize("keep_weights", [False, True], ids=["", "kept"])
+
+
+@KEEP
 @pytest.mark.parametrize("case", CASES)
-def test_opcheck_forward(case):
-    torch.library.opcheck(torch.ops.fastattn.attention_fwd.default, operator_arguments(case))
+def test_opcheck_forward(case, keep_weights):
+    torch.library.opcheck(torch.ops.fastattn.attention_fwd.default, operator_arguments(case, keep_weights))
 
 
+@KEEP
 @pytest.mark.parametrize("dlse", [False, True], ids=["dout", "dout-dlse"])
 @pytest.mark.parametrize("case", CASES)
-def test_opcheck_backward(case, dlse):
-    torch.library.opcheck(torch.ops.fastattn.attention_bwd.default, backward_arguments(case, dlse))
+def test_opcheck_backward(case, dlse, keep_weights):
+    torch.library.opcheck(torch.ops.fastattn.attention_bwd.default, backward_arguments(case, dlse, keep_weights))
 
 
-def assert_fake_layout(direction: str, case: str) -> None:
+def assert_fake_layout(direction: str, case: str, keep_weights: bool = False) -> None:
     """The fake implementation's outputs have the shapes, strides and dtypes of the real one's: inductor counts on it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     op = torch.ops.fastattn.attention_fwd if direction == "forward" else torch.ops.fastattn.attention_bwd
-    arguments = operator_arguments(case) if direction == "forward" else backward_arguments(case)
+    make = operator_arguments if direction == "forward" else backward_arguments
+    arguments = make(case, keep_weights=keep_weights)
     real = op(*arguments)
     with FakeTensorMode() as mode:
         fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
@@ -116,10 +122,11 @@ def assert_fake_layout(direction: str, case: str) -> None:
     assert all(t.is_contiguous() for t in real)
 
 
+@KEEP
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_fake_and_real_outputs_have_the_same_layout(direction, case):
-    assert_fake_layout(direction, case)
+def test_fake_and_real_outputs_have_the_same_layout(direction, case, keep_weights):
+    assert_fake_layout(direction, case, keep_weights)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,6 +319,39 @@ def test_an_unused_lse_costs_nothing(return_lse):
     with Recorder() as recorder:
         fastattn.attention(*dense_inputs())
     assert [name for name, _ in recorder.calls] == ["attention_fwd"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kept_weights_change_no_gradient(case):
+    torch.manual_seed(1)
+    expected = torch.ops.fastattn.attention_bwd(*backward_arguments(case))
+    torch.manual_seed(1)
+    for grad, like in zip(torch.ops.fastattn.attention_bwd(*backward_arguments(case, keep_weights=True)), expected, strict=True):
+        torch.testing.assert_close(grad, like, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_kept_where_a_backward_comes():
+    def kept(*tensors, **options) -> bool:
+        """Whether the forward was told to keep weights, and so the graph holds a tensor of S_q x S_k."""
+        held = []
+        with Recorder() as recorder, torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+            out = fastattn.attention(*tensors, **options)
+        if out.requires_grad:
+            out.sum().backward()
+        (_, arguments), *_ = recorder.calls
+        assert arguments[-1] == any(t.shape[-3:] == (4, tensors[0].shape[1], tensors[1].shape[1]) for t in held)
+        return arguments[-1]
+
+    q, k, v = dense_inputs(1, 40, 50)
+    packed = {"cu_seqlens_q": CU_SEQLENS_Q, "cu_seqlens_k": CU_SEQLENS_K}
+    assert kept(*learnt(q, k, v), softcap=5.0) and kept(*learnt(q, k, v), dropout_p=0.1)
+    assert not kept(*learnt(q, k, v)) and not kept(q, k, v, softcap=5.0)
+    with torch.no_grad():
+        assert not kept(*learnt(q, k, v), softcap=5.0)
+    assert not kept(*learnt(*packed_inputs()), softcap=5.0, **packed)
+    assert kept(*learnt(q, k, v), attn_bias=torch.zeros(40, 50, requires_grad=True))
+    assert not kept(*learnt(q, k, v), attn_bias=torch.zeros(40, 50))
+    assert not kept(*learnt(*dense_inputs(1, 600, 500)), softcap=5.0)
 
 
 def test_an_unused_lse_costs_nothing_compiled(fresh_dynamo):
@@ -559,6 +599,16 @@ def test_autocast_follows_the_region(dtype):
     assert q.grad.dtype == k.grad.dtype == v.grad.dtype == torch.float32
 
 
+def test_autocast_rounds_nothing_in_between():
+    q, k, v = learnt(*(t.bfloat16() for t in dense_inputs()))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = fastattn.attention(q, k, v, softcap=2.0)
+        grads = torch.autograd.grad(inside.sum(), (q, k, v))
+    outside = fastattn.attention(q, k, v, softcap=2.0)
+    assert torch.equal(inside, outside)
+    assert all(map(torch.equal, grads, torch.autograd.grad(outside.sum(), (q, k, v))))
+
+
 def test_autocast_leaves_errors_alone():
     q, k, v = dense_inputs()
     with torch.autocast("cpu", torch.bfloat16):
@@ -636,6 +686,17 @@ def test_dynamic_batch_and_max_seqlen_do_not_recompile(no_recompilation):
         options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
         torch.testing.assert_close(compiled(q, k, v, **options), fastattn.attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_compiled_keeps_weights_of_short_calls(fresh_dynamo, dtype):
+    """One graph serves lengths on either side of what is kept, with a guard between them."""
+    compiled = torch.compile(fastattn.attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for seqlen in (20, 33, 256, 300, 530, 600):
+        tensors = learnt(*dense_inputs(1, seqlen, seqlen, dtype=dtype))
+        out, expected = compiled(*tensors, softcap=3.0), fastattn.attention(*tensors, softcap=3.0)
+        assert torch.equal(out, expected)
+        assert all(map(torch.equal, *(torch.autograd.grad(o.float().square().sum(), tensors) for o in (out, expected))))
 
 
 def test_compiled_dropout_draws_a_fresh_mask_each_call(backend):
@@ -731,6 +792,15 @@ def test_flops_of_packed_sequences():
     pairs = 4 * (visible(3, 5, None, 0) + visible(0, 2, None, 0) + visible(5, 5, None, 0))
     forward, backward = counted(lambda: fastattn.attention(*tensors, causal=True, **options))
     assert (forward, backward) == (2 * pairs * (8 + 6), 2 * pairs * (3 * 8 + 2 * 6))
+
+
+def test_flops_of_kept_weights():
+    """S is not computed again, except for softcap's tanh."""
+    bias, pairs = torch.zeros(5, 7, requires_grad=True), 2 * 4 * 5 * 7
+    _, backward = counted(lambda: fastattn.attention(*learnt(*dense_inputs()), attn_bias=bias))
+    assert backward == 2 * pairs * (2 * 8 + 2 * 6)
+    _, backward = counted(lambda: fastattn.attention(*learnt(*dense_inputs()), attn_bias=bias, softcap=2.0))
+    assert backward == 2 * pairs * (3 * 8 + 2 * 6)
 
 
 def test_flops_of_fake_tensors():

@@ -19,14 +19,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def run(
     q, k, v, *, bias=None, slopes=None, sinks=None, seed=None, cu_q=None, cu_k=None, left=None, right=None,
-    softcap=0.0, p=0.0, dout=None, dlse=None, bias_grad=False,
+    softcap=0.0, p=0.0, dout=None, dlse=None, bias_grad=False, keep_weights=False,
 ):  # fmt: skip
     """Forward and backward: {"out", "lse", "dq", "dk", "dv"} and, where there are any, {"dbias", "dsinks"}."""
     inputs = q, k, v, bias, slopes, sinks, seed, cu_q, cu_k
     options = q.shape[-3], k.shape[-3], left, right, q.shape[-1] ** -0.5, softcap, p
-    out, lse = cpu.attention_fwd(*inputs, *options)
+    out, lse, weights = cpu.attention_fwd(*inputs, *options, keep_weights)
+    assert (weights is not None) == keep_weights
     dout = torch.randn_like(out) if dout is None else dout
-    dq, dk, dv, dbias, dsinks = cpu.attention_bwd(dout, dlse, *inputs, out, lse, *options, bias_grad)
+    dq, dk, dv, dbias, dsinks = cpu.attention_bwd(dout, dlse, *inputs, out, lse, weights, *options, bias_grad)
     results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dsinks": dsinks}
     return {name: t for name, t in results.items() if t is not None}
 
@@ -62,16 +63,18 @@ def oracle(dtype, q, k, v, *, dout, bias=None, slopes=None, sinks=None, left=Non
 
 
 def check(q, k, v, *, seed=None, p=0.0, **options):
-    """Everything `run` returns keeps within the budget, is contiguous, and has its input's shape and dtype."""
+    """Everything `run` returns keeps within the budget, is contiguous, and has its input's shape and dtype, with weights
+    kept and without."""
     dout = torch.randn(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-    got = run(q, k, v, seed=seed, p=p, dout=dout, **options)
     keep = cpu.dropout_keep(seed, q.shape[0], q.shape[2], q.shape[1], k.shape[1], p) if p else None
     naive = oracle(q.dtype, q, k, v, dout=dout, keep=keep, p=p, **options)
     ref64 = oracle(torch.float64, q, k, v, dout=dout, keep=keep, p=p, **options)
-    assert got.keys() == ref64.keys()
-    for name, t in got.items():
-        check_budget(f"cpu attention {name}", t, naive[name], ref64[name])
-        assert t.is_contiguous() and t.dtype == naive[name].dtype
+    for keep_weights in (False, True):
+        got = run(q, k, v, seed=seed, p=p, dout=dout, keep_weights=keep_weights, **options)
+        assert got.keys() == ref64.keys()
+        for name, t in got.items():
+            check_budget(f"cpu attention {name}{' of kept weights' * keep_weights}", t, naive[name], ref64[name])
+            assert t.is_contiguous() and t.dtype == naive[name].dtype
 
 
 def qkv(batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, head_dim_v=None, dtype=torch.float32):
@@ -276,6 +279,69 @@ def test_dropout_mask():
     assert (correlation - correlation.diag().diag()).abs().max() < 0.75  # no two of 600 rows alike
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 1, -3])
+def test_dropout_masks_are_uncorrelated(seed, p):
+    """Each entry with those beside it, in every direction and combination, in the next seed's mask, and in sums of many."""
+
+    def draws(seed):  # mean 0 and variance 1
+        return (cpu.dropout_keep(seed, 2, 4, 256, 512, p).double() - (1 - p)) / math.sqrt(p * (1 - p))
+
+    def deviates(t):  # in standard deviations of the mean of that many independent draws
+        return abs(t.mean().item()) * math.sqrt(t.numel())
+
+    here, p = draws(seed), round(p * 2**16) / 2**16
+    assert deviates(here) < 5
+    for dim in range(4):
+        for distance in (1, 2, 3, 4, 8) if dim > 1 else (1,):
+            length = here.shape[dim] - distance
+            assert deviates(here.narrow(dim, 0, length) * here.narrow(dim, distance, length)) < 5
+    assert deviates(here.unflatten(-1, (-1, 4)).prod(-1)) < 5  # four keys share words
+    assert deviates(here.unflatten(-1, (-1, 2)).prod(-1).unflatten(-2, (-1, 2)).prod(-2)) < 5
+    for other in (seed + 1, seed ^ (1 << 33)):
+        there = draws(other)
+        assert deviates(here * there) < 5
+        assert deviates(here[:, :, 1:] * there[:, :, :-1]) < 5 and deviates(here[..., 1:] * there[..., :-1]) < 5
+    for dim in (2, 3):  # sums of rows and of columns vary as sums of independent draws do
+        squares = here.sum(dim).square() / here.shape[dim] - 1
+        assert deviates(squares / math.sqrt(2)) < 5
+    rows = here.flatten(0, 2)
+    assert (rows @ rows.T / math.sqrt(rows.shape[1])).fill_diagonal_(0).abs().max() < 8  # of 2 million pairs
+
+
+def test_dropout_probability():
+    """Of 8 million entries, in either half of a word."""
+    for p in (0.001, 0.1, 0.9):
+        dropped = ~cpu.dropout_keep(5, 4, 8, 512, 512, p)
+        for half in (dropped[..., ::2], dropped[..., 1::2]):
+            assert abs(half.double().mean().item() - p) < 5 * math.sqrt(p * (1 - p) / half.numel()) + 2**-17
+
+
+def test_kept_weights_say_what_was_dropped():
+    q, k, v = qkv(2, 30, 50, 4, 2, 8)
+    options = {"window": (20, 0), "softcap": 2.0}
+    inputs = q, k, v, None, None, None, torch.tensor([9]), None, None
+    _, lse, weights = cpu.attention_fwd(*inputs, 30, 50, 20, 0, 8**-0.5, 2.0, 0.3, keep_weights=True)
+    keep = cpu.dropout_keep(9, 2, 4, 30, 50, 0.3)
+    assert torch.equal(weights.sign(), torch.where(keep, 1.0, -1.0) * (weights != 0))
+    values = torch.eye(50).expand(2, 4, 50, 50).transpose(1, 2)
+    want = reference.attention(q, k.repeat_interleave(2, 2), values, **options).transpose(1, 2)
+    torch.testing.assert_close(weights.abs(), want)
+
+
+def test_weights_are_kept_of_short_calls_alone():
+    def keeps(seqlen, dtype=torch.float32, heads=8, slopes=None, cu=None, softcap=0.0, p=0.0, bias_grad=False):
+        q = torch.empty(1, seqlen, heads, 64, dtype=dtype, device="meta")
+        return cpu.keeps_weights(q, q, slopes, cu, softcap, p, bias_grad)
+
+    longest = math.isqrt(cpu._CHUNK_ELEMENTS // 8)
+    for wants in ({"softcap": 5.0}, {"p": 0.1}, {"bias_grad": True}, {"slopes": torch.rand(8)}, {"dtype": torch.bfloat16}):
+        assert keeps(1, **wants) and keeps(longest, **wants)
+        assert not keeps(longest + 1, **wants) and not keeps(longest, heads=9, **wants)
+        assert not keeps(8, cu=torch.tensor([0, 8]), **wants)
+    assert not keeps(8) and not keeps(8, torch.float64)  # torch's fused op does both directions
+
+
 def test_memory_is_linear_in_the_length():
     """S = 16384, where one S x S matrix of one head would be 1 GB: peak memory beyond the inputs, in its own process."""
     code = """
@@ -287,9 +353,9 @@ def attend(seqlen, heads, left, softcap=0.0, bias=None, backward=False):
     q, k, v = (torch.randn(1, seqlen, heads, 64) for _ in range(3))
     inputs = q, k, v, bias, None, None, None, None, None
     options = seqlen, seqlen, left, 0, 0.125, softcap, 0.0
-    out, lse = attention_fwd(*inputs, *options)
+    out, lse, _ = attention_fwd(*inputs, *options)
     if backward:
-        attention_bwd(q, None, *inputs, out, lse, *options, False)
+        attention_bwd(q, None, *inputs, out, lse, None, *options, False)
 mask = torch.ones(8192, 8192, dtype=torch.bool).tril_()
 attend(512, 2, None)
 before = peak()
@@ -356,7 +422,7 @@ def test_nan_in_nan_out(name, seqlen_k):
     tensors = {"q": torch.randn(1, 3, 2, 8), "k": torch.randn(1, seqlen_k, 2, 8), "v": torch.randn(1, seqlen_k, 2, 8)}
     options = {"bias": torch.randn(1, 1, 3, seqlen_k)} if name == "bias" else {}
     (options if name == "bias" else tensors)[name].fill_(math.nan)
-    out, lse = cpu.attention_fwd(*args(**tensors, **options))
+    out, lse, _ = cpu.attention_fwd(*args(**tensors, **options))
     assert out.isnan().all()
     assert lse.isnan().all() or name == "v"
 
@@ -364,7 +430,7 @@ def test_nan_in_nan_out(name, seqlen_k):
 def test_zeros_are_no_sign_of_nan():
     """A first row of zeros has an LSE of 0 under a causal mask, which is also the fused op's for a row without keys."""
     q, k, v = torch.zeros(1, 40, 2, 8), torch.randn(1, 40, 2, 8), torch.randn(1, 40, 2, 8)
-    out, lse = cpu.attention_fwd(*args(q, k, v, right=0))
+    out, lse, _ = cpu.attention_fwd(*args(q, k, v, right=0))
     torch.testing.assert_close(out, v.cumsum(1) / torch.arange(1, 41)[:, None, None])
     torch.testing.assert_close(lse, torch.arange(1.0, 41).log().expand(1, 2, 40))
 

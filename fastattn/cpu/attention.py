@@ -2,8 +2,9 @@
 
 Two ways, told apart by `_fused_fits`. Where only additive terms come between q k^T and the softmax, torch's fused CPU
 op does the work: in one call, or in one a chunk of rows where a mask has to be made for it. Otherwise each chunk is
-three plain steps, scores, softmax and the product with v, which the backward repeats before its own. Either way about
-`_CHUNK_ELEMENTS` scores or mask entries exist at a time, and only of keys that some row of the chunk can see.
+three plain steps, scores, softmax and the product with v. The backward repeats the first two before its own, unless the
+whole call is one chunk and the forward was told to keep its weights. Either way about `_CHUNK_ELEMENTS` scores or mask
+entries exist at a time, and only of keys that some row of the chunk can see.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-from fastattn.reference.philox import philox_4x32
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -54,6 +53,25 @@ class _Dropout(NamedTuple):
     batch_start: int
 
 
+def keeps_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    bias_grad: bool,
+) -> bool:
+    """Whether a forward with a backward to come should keep its softmax weights for it.
+
+    Only where the call is one chunk, so that memory stays linear in the sequence lengths, and dense. And not where
+    torch's fused op does both directions, which is faster still.
+    """
+    if cu_seqlens_q is not None or q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] > _CHUNK_ELEMENTS:
+        return False
+    return not (_fused_fits(alibi_slopes, softcap, dropout_p) and _fused_backward_fits(q.dtype, bias_grad))
+
+
 def attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -71,23 +89,26 @@ def attention_fwd(
     softmax_scale: float,
     softcap: float,
     dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention's output and its log-sum-exp; nothing is validated here.
+    keep_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Attention's output, its log-sum-exp and, for a backward, its softmax weights or None; nothing is validated here.
 
     q (B, S_q, H, D), k (B, S_k, H_kv, D), v (B, S_k, H_kv, D_v) of one float dtype and any strides, or packed (T, H, D)
     with cu_seqlens. window_left and window_right are None (unbounded) or any integer, bottom-right aligned.
     Returns out, contiguous, (B, S_q, H, D_v) or (T, H, D_v), in q's dtype; lse, contiguous, natural log, (B, H, S_q) or
-    (H, T), float32 (float64 for float64 inputs). Accumulates in float32.
+    (H, T), float32 (float64 for float64 inputs). Accumulates in float32. With keep_weights, which dense calls may ask for
+    where `keeps_weights` says so: the weights, (B, H, S_q, S_k) in `product_dtype`, dropped ones with a minus sign.
     """
-    unmodified = cu_seqlens_q is None and sinks is None and softcap == dropout_p == 0
+    unmodified = cu_seqlens_q is None and sinks is None and softcap == dropout_p == 0 and not keep_weights
     causal = _one_call(q, k, v, attn_bias, alibi_slopes, window_left, window_right) if unmodified else None
     if causal is not None:
         results = _forward_in_one_call(q, k, v, causal, softmax_scale)
         if results is not None:
-            return results
+            return *results, None
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
     lse = torch.full(lse_shape, -math.inf, dtype=_accumulation_dtype(q.dtype), device=q.device)
+    weights = q.new_zeros(*lse_shape, k.shape[1], dtype=product_dtype(q, k)) if keep_weights else None
     for (q_, out_), (k_, v_), (lse_,), mask, _, dropout in _dense_batches(
         (q, out), (k, v), (lse,), attn_bias, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
         window_left, window_right, dropout_seed, dropout_p,
@@ -97,10 +118,12 @@ def attention_fwd(
         if q_.numel() == 0 or k_.shape[1] == 0:
             continue
         # A sink would have the fused op's output rounded twice, which half precision can't afford.
-        fused = _fused_fits(mask, softcap, dropout) and not (sinks is not None and _is_half(q.dtype))
-        if not (fused and _forward_fused(q_, k_, v_, mask, sinks, softmax_scale, out_, lse_)):
-            _forward_chunked(q_, k_, v_, mask, sinks, dropout, softmax_scale, softcap, out_, lse_)
-    return out, lse
+        fused = _fused_fits(mask.slopes, softcap, dropout.p) and not (sinks is not None and _is_half(q.dtype))
+        if keep_weights or not (fused and _forward_fused(q_, k_, v_, mask, sinks, softmax_scale, out_, lse_)):
+            weights = _forward_chunked(
+                q_, k_, v_, mask, sinks, dropout, softmax_scale, softcap, out_, lse_, keep_weights
+            )
+    return out, lse, weights
 
 
 def attention_bwd(
@@ -117,6 +140,7 @@ def attention_bwd(
     cu_seqlens_k: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    weights: torch.Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     window_left: int | None,
@@ -129,11 +153,10 @@ def attention_bwd(
     """Gradients of :func:`attention_fwd`: dq, dk, dv, contiguous, in their inputs' shapes and dtypes; dbias or None;
     dsinks or None.
 
-    dout and dlse have out's and lse's shapes and any strides; dlse may be None. dbias (attn_bias's shape and dtype) is
+    dout and dlse have out's and lse's shapes and any strides; dlse may be None, and so may weights. dbias (attn_bias's shape and dtype) is
     computed where ``bias_grad``; dsinks (sinks' dtype) where sinks are given.
     """
-    # In half precision torch's fused backward adds up dk and dv in that precision, with several times naive's error.
-    fusable = dlse is None and not bias_grad and not _is_half(q.dtype)
+    fusable = weights is None and dlse is None and _fused_backward_fits(q.dtype, bias_grad)
     unmodified = cu_seqlens_q is None and sinks is None and softcap == dropout_p == 0
     causal = _one_call(q, k, v, attn_bias, alibi_slopes, window_left, window_right) if fusable and unmodified else None
     if causal is not None:
@@ -151,13 +174,13 @@ def attention_bwd(
     ):  # fmt: skip
         if q_.numel() == 0 or k_.shape[1] == 0:
             continue
-        if fusable and _fused_fits(mask, softcap, dropout):
+        if fusable and _fused_fits(mask.slopes, softcap, dropout.p):
             _backward_fused(dout_, q_, k_, v_, mask, softmax_scale, out_, lse_, dq_, dk_, dv_)
             if sinks is not None:
                 delta_.copy_((out_ * dout_).sum(-1).transpose(1, 2))
         else:
             _backward_chunked(
-                dout_, dlse_[0] if dlse_ else None, q_, k_, v_, mask, sinks, dropout, softmax_scale, softcap,
+                dout_, dlse_[0] if dlse_ else None, q_, k_, v_, weights, mask, sinks, dropout, softmax_scale, softcap,
                 dq_, dk_, dv_, dbias_, delta_,
             )  # fmt: skip
     if dbias is not None:
@@ -275,9 +298,14 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 # Through torch's fused op, which takes (B, H, S, D), masks (B|1, H|1, S_q|1, S_k|1) and top-left causal.
 
 
-def _fused_fits(mask: _Mask, softcap: float, dropout: _Dropout) -> bool:
+def _fused_fits(slopes: torch.Tensor | None, softcap: float, dropout_p: float) -> bool:
     # Slopes could go into its mask, but that is one of its own for every head.
-    return softcap == 0 and dropout.p == 0 and mask.slopes is None
+    return softcap == 0 and dropout_p == 0 and slopes is None
+
+
+def _fused_backward_fits(dtype: torch.dtype, bias_grad: bool) -> bool:
+    # In half precision torch's fused backward adds up dk and dv in that precision, with several times naive's error.
+    return not bias_grad and not _is_half(dtype)
 
 
 def _fused_chunks(q, k, mask: _Mask) -> Iterator[tuple[slice, slice, torch.Tensor | None, bool]]:
@@ -406,9 +434,12 @@ class _Chunk(NamedTuple):
     keys: slice
 
 
-def _head_chunks(q, k, mask: _Mask) -> Iterator[tuple[slice, slice, slice, int]]:
-    """Batch entries, key/value heads, their query heads, and the number of rows to take at once."""
+def _chunks(q, k, mask: _Mask, whole: bool) -> Iterator[tuple[slice, slice, slice, list[tuple[slice, slice]]]]:
+    """Batch entries, key/value heads, their query heads, and the rows and keys to take at once; everything if whole."""
     (batch, seqlen_q, num_heads, _), (seqlen_k, num_kv_heads) = q.shape, k.shape[1:3]
+    if whole:
+        yield slice(0, batch), slice(0, num_kv_heads), slice(0, num_heads), [(slice(0, seqlen_q), slice(0, seqlen_k))]
+        return
     group = num_heads // num_kv_heads
     num_rows = min(seqlen_q, max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // (group * seqlen_k))))
     visible = seqlen_k
@@ -417,10 +448,11 @@ def _head_chunks(q, k, mask: _Mask) -> Iterator[tuple[slice, slice, slice, int]]
     num_heads_at_once = max(1, _CHUNK_ELEMENTS // (group * min(num_rows, seqlen_q) * visible))
     step_h = min(num_kv_heads, num_heads_at_once)
     step_b = max(1, num_heads_at_once // num_kv_heads)
+    row_chunks = list(_row_chunks(seqlen_q, seqlen_k, mask, num_rows))
     for b in range(0, batch, step_b):
         for h in range(0, num_kv_heads, step_h):
             stop = min(h + step_h, num_kv_heads)
-            yield slice(b, min(b + step_b, batch)), slice(h, stop), slice(h * group, stop * group), num_rows
+            yield slice(b, min(b + step_b, batch)), slice(h, stop), slice(h * group, stop * group), row_chunks
 
 
 def _fold(t: torch.Tensor, num_kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
@@ -438,10 +470,10 @@ def _product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tens
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
-def _product_dtype(q: torch.Tensor, k: torch.Tensor) -> torch.dtype:
-    """What a chunk's products are computed in, but for q k^T: exp would magnify its rounding, so it is in float32."""
+def product_dtype(q: torch.Tensor, k: torch.Tensor) -> torch.dtype:
+    """What products are computed in, and weights kept in, but for q k^T: exp would magnify its rounding, so it is in float32."""
     # CPUs multiply float16 no faster than float32; bfloat16 they do, which counts once there is enough of it.
-    if q.dtype == torch.bfloat16 and q.numel() * k.shape[1] >= 1 << 25:
+    if q.dtype == torch.bfloat16 and q.numel() * k.shape[1] >= 1 << 22:
         return torch.bfloat16
     return _accumulation_dtype(q.dtype)
 
@@ -449,12 +481,9 @@ def _product_dtype(q: torch.Tensor, k: torch.Tensor) -> torch.dtype:
 def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk, shift: int):
     """Scores (b, h, rows, keys) of folded q and k with all that is added to them, and softcap's tanh (None without)."""
     batch, heads, rows, keys = chunk
-    scores = _product(q, k.transpose(1, 2), scale / softcap if softcap > 0 else scale)
+    tanh = _tanh(q, k, scale / softcap) if softcap > 0 else None
+    scores = _product(q, k.transpose(1, 2), scale) if tanh is None else tanh * softcap
     scores = scores.view(batch.stop - batch.start, heads.stop - heads.start, rows.stop - rows.start, -1)
-    tanh = None
-    if softcap > 0:
-        tanh = scores.tanh_()
-        scores = tanh * softcap
     if mask.slopes is not None:
         rows_own = torch.arange(rows.start + shift, rows.stop + shift, dtype=scores.dtype, device=scores.device)
         distance = torch.arange(keys.start, keys.stop, dtype=scores.dtype, device=scores.device) - rows_own[:, None]
@@ -464,6 +493,10 @@ def _chunk_scores(q, k, mask: _Mask, scale: float, softcap: float, chunk: _Chunk
         scores.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else scores.add_(bias)
     _mask_window(scores, mask, rows, keys, shift)
     return scores, tanh
+
+
+def _tanh(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    return _product(q, k.transpose(1, 2), scale).tanh_()
 
 
 def _softmax(
@@ -497,57 +530,67 @@ def _exp_difference(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return (x - total).exp_().masked_fill_(total == -math.inf, 0.0)
 
 
-def _forward_chunked(q, k, v, mask, sinks, dropout, scale, softcap, out, lse) -> None:
+def _forward_chunked(
+    q, k, v, mask, sinks, dropout, scale, softcap, out, lse, keep_weights: bool
+) -> torch.Tensor | None:
+    """Writes out and lse. Returns the softmax weights if they are to be kept, those that were dropped with a minus sign."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    dtype, accumulate = _product_dtype(q, k), _accumulation_dtype(q.dtype)
-    for batch, kv_heads, heads, num_rows in _head_chunks(q, k, mask):
+    dtype, accumulate = product_dtype(q, k), _accumulation_dtype(q.dtype)
+    for batch, kv_heads, heads, row_chunks in _chunks(q, k, mask, keep_weights):
         kv = kv_heads.stop - kv_heads.start
         k_, v_ = _fold(k[batch, :, kv_heads], kv, accumulate), _fold(v[batch, :, kv_heads], kv, dtype)
         sinks_ = None if sinks is None else sinks[heads]
-        for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, num_rows):
+        for rows, keys in row_chunks:
             chunk = _Chunk(batch, heads, rows, keys)
             q_ = _fold(q[batch, rows, heads], kv, accumulate)
             scores, _ = _chunk_scores(q_, k_[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q)
             probabilities, lse[batch, heads, rows], empty = _softmax(scores, sinks_, mask.slopes is not None)
+            kept = weights = probabilities.to(dtype)
             if dropout.p > 0:
-                probabilities.mul_(_keep(dropout, q.shape[2], chunk, accumulate))
-            folded = probabilities.view(q_.shape[0], q_.shape[1], -1).to(dtype)
-            out_ = _product(folded, v_[:, keys], 1.0 / (1.0 - dropout.p))
+                kept = _drop(weights, _keep(dropout, q.shape[2], chunk, dtype))
+                if keep_weights:
+                    weights = weights.lerp_(kept, 2.0)  # 2 * kept - weights
+            out_ = _product(kept.view(q_.shape[0], q_.shape[1], -1), v_[:, keys], 1.0 / (1.0 - dropout.p))
             out[batch, rows, heads] = _unfold(out_, batch.stop - batch.start, rows.stop - rows.start)
             if empty is not None:  # 0 by 0 is 0 already, unless v holds a NaN
                 out[batch, rows, heads] = out[batch, rows, heads].masked_fill(empty.transpose(1, 2).unsqueeze(-1), 0.0)
+    return weights if keep_weights else None
 
 
-def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap, dq, dk, dv, dbias, delta) -> None:
-    """dS = P * (dP - delta + dlse) with delta = rowsum(P * dP); P and dP are computed again for each chunk."""
+def _backward_chunked(dout, dlse, q, k, v, weights, mask, sinks, dropout, scale, softcap, dq, dk, dv, dbias, delta) -> None:
+    """dS = P * (dP - delta + dlse) with delta = rowsum(P * dP); P is computed again for each chunk if it was not kept."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    dtype, accumulate = _product_dtype(q, k), _accumulation_dtype(q.dtype)
+    dtype, accumulate = product_dtype(q, k), _accumulation_dtype(q.dtype)
     # With nothing but masks laid over the scores, this is the naive computation, and in its precision: float32 takes
     # twice as long. What else there may be takes more time than that, and more precision.
     masked_only = mask.slopes is None and (mask.bias is None or mask.bias.dtype == torch.bool)
     plain = masked_only and softcap == 0 and dropout.p == 0 and sinks is None
-    score_dtype = dtype if plain else accumulate
+    score_dtype = dtype if plain or weights is not None else accumulate
     kept_scale = 1.0 / (1.0 - dropout.p)
-    for batch, kv_heads, heads, num_rows in _head_chunks(q, k, mask):
+    for batch, kv_heads, heads, row_chunks in _chunks(q, k, mask, weights is not None):
         kv = kv_heads.stop - kv_heads.start
         k_, v_ = (_fold(t[batch, :, kv_heads], kv, dtype) for t in (k, v))
         k_of_scores = k_.to(score_dtype)
-        dk_, dv_ = (torch.zeros_like(t, dtype=accumulate) for t in (k_, v_))
+        dk_, dv_ = (torch.zeros(t.shape, dtype=accumulate, device=t.device) for t in (k_, v_))
         sinks_ = None if sinks is None else sinks[heads]
-        for rows, keys in _row_chunks(seqlen_q, seqlen_k, mask, num_rows):
+        for rows, keys in row_chunks:
             chunk = _Chunk(batch, heads, rows, keys)
             q_, dout_ = (_fold(t[batch, rows, heads], kv, dtype) for t in (q, dout))
             shape = q_.shape[0], q_.shape[1], keys.stop - keys.start
-            scores, tanh = _chunk_scores(
-                q_.to(score_dtype), k_of_scores[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q
-            )
-            probabilities, _, _ = _softmax(scores, sinks_, mask.slopes is not None)
-            dprobabilities = _product(dout_, v_[:, keys].transpose(1, 2), kept_scale).view(scores.shape).to(score_dtype)
+            if weights is None:
+                scores, tanh = _chunk_scores(
+                    q_.to(score_dtype), k_of_scores[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q
+                )
+                probabilities, _, _ = _softmax(scores, sinks_, mask.slopes is not None)
+            else:
+                tanh = _tanh(q_.to(score_dtype), k_of_scores, scale / softcap) if softcap > 0 else None
+                probabilities = weights.abs() if dropout.p > 0 else weights
+            dprobabilities = _product(dout_, v_[:, keys].transpose(1, 2), kept_scale).to(score_dtype)
+            dprobabilities = dprobabilities.view(probabilities.shape)
             kept = probabilities
             if dropout.p > 0:
-                keep = _keep(dropout, q.shape[2], chunk, score_dtype)
-                kept = probabilities * keep
-                dprobabilities.mul_(keep)
+                marks = _keep(dropout, q.shape[2], chunk, score_dtype) if weights is None else weights
+                kept, dprobabilities = _drop(probabilities, marks), _drop(dprobabilities, marks)
             _add_product(dv_[:, keys], kept.view(shape).to(dtype).transpose(1, 2), dout_, kept_scale)
             dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, score_dtype)
             if sinks is not None:
@@ -557,9 +600,10 @@ def _backward_chunked(dout, dlse, q, k, v, mask, sinks, dropout, scale, softcap,
             if dbias is not None:
                 part = _part(dbias, *chunk)
                 part += dscores.sum_to_size(part.shape)
+            dscores = dscores.view(shape)
             if tanh is not None:
-                dscores.mul_(tanh.square_().neg_().add_(1.0))
-            dscores = dscores.view(shape).to(dtype)
+                dscores = torch.ops.aten.tanh_backward(dscores, tanh)
+            dscores = dscores.to(dtype)
             dq_ = _product(dscores, k_[:, keys], scale)
             dq[batch, rows, heads] = _unfold(dq_, batch.stop - batch.start, rows.stop - rows.start)
             _add_product(dk_[:, keys], dscores.transpose(1, 2), q_, scale)
@@ -578,26 +622,53 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: f
 # Dropout: a counter-based mask, so that any chunk can have its part, and the backward the forward's.
 
 
+def _drop(t: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+    """t where marks are positive, else 0."""
+    return torch.ops.aten.threshold_backward(t, marks, 0.0)
+
+
 def _keep(dropout: _Dropout, num_heads: int, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
     """(batch, heads, rows, keys) of 1 where a probability is kept and 0 where it is dropped.
 
-    Philox gives each row two words; a cheaper hash of those and the key's position (multiply and xor-shift) gives every
-    two keys 32 bits, half of them each. Philox throughout, as on the GPU, would take longer than the attention itself.
+    Every row has two random words, a and c, and every two keys one, b. (x ^ x >> 16) * c with x = a + b is another function
+    of b for each row. It has 16 bits for either key: the upper ones, mixed from all that goes into it, and the lower ones,
+    as good once the upper are added to them. Philox, as on the GPU, would take longer than the attention itself.
     """
-
-    def index(start, stop, dim):
-        return torch.arange(start, stop).reshape([-1 if d == dim else 1 for d in range(4)])
-
     batch, heads, rows, keys = chunk
-    head = index(dropout.batch_start + batch.start, dropout.batch_start + batch.stop, 0) * num_heads
-    head = head + index(heads.start, heads.stop, 1)
-    seed, zero = (dropout.seed & 0xFFFFFFFF, (dropout.seed >> 32) & 0xFFFFFFFF), torch.zeros((), dtype=torch.int64)
-    word0, word1, _, _ = philox_4x32(seed, (zero, index(rows.start, rows.stop, 2), head, zero))
-    first = keys.start // 2
-    x = (index(first, (keys.stop + 1) // 2, 3) * 0x9E3779B9).to(torch.int32) + word0.to(torch.int32)
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D).add_(word1.to(torch.int32))
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
-    numbers = x.view(torch.int16)[..., keys.start - 2 * first : keys.stop - 2 * first]
+    key = _splitmix64(dropout.seed)
+    entries = torch.arange(dropout.batch_start + batch.start, dropout.batch_start + batch.stop)[:, None] * num_heads
+    heads_of_call = (entries + torch.arange(heads.start, heads.stop))[..., None, None]
+    words = _words((heads_of_call << 32) + torch.arange(rows.start, rows.stop)[:, None], key)
+    first = keys.start // 4  # one counter gives two words, and those numbers for four keys
+    x = words[..., 1:] + _words(torch.arange(first, (keys.stop + 3) // 4), _splitmix64(key))
+    x.bitwise_xor_(x >> 16).mul_(words[..., :1] | 1)
+    x.add_(x >> 16)
+    numbers = x.view(torch.int16)[..., keys.start - 4 * first : keys.stop - 4 * first]
     kept = torch.empty(numbers.shape, dtype=dtype)
     return torch.ge(numbers, round(dropout.p * 2**16) - 2**15, out=kept)
+
+
+_GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _splitmix64(x: int) -> int:
+    """Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014)."""
+    x = (x + _GOLDEN) % 2**64
+    x = (x ^ (x >> 30)) * _MULTIPLIER_1 % 2**64
+    x = (x ^ (x >> 27)) * _MULTIPLIER_2 % 2**64
+    return x ^ (x >> 31)
+
+
+def _words(counters: torch.Tensor, key: int) -> torch.Tensor:
+    """(..., n) int64 counters to (..., 2 * n) random int32 words.
+
+    As above, but torch shifts copies of the sign in: x ^ x >> n loses a bit, which 64 can spare.
+    """
+    x = (counters * _as_int64(_GOLDEN)).add_(_as_int64(key))
+    x.bitwise_xor_(x >> 32).mul_(_as_int64(_MULTIPLIER_1))
+    x.bitwise_xor_(x >> 29).mul_(_as_int64(_MULTIPLIER_2))
+    return x.bitwise_xor_(x >> 32).view(torch.int32)
+
+
+def _as_int64(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x

@@ -19,7 +19,7 @@ from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
 
 # --------------------------------------------------------------------------------------------------------------------
-# The two operators. Empty tensors stand in for gradients that were not asked for: a schema has no optional results.
+# The two operators. Empty tensors stand in for results that were not asked for: a schema has no optional ones.
 
 _OPTIONS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt? window_left, SymInt? window_right, "
@@ -30,21 +30,13 @@ _INPUTS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 _library = torch.library.Library("fastattn", "FRAGMENT")
-_library.define(f"attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
 _library.define(
-    f"attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool bias_grad) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+    f"attention_fwd({_INPUTS}, {_OPTIONS}, bool keep_weights) -> (Tensor out, Tensor lse, Tensor weights)"
 )
-
-
-def _implementation(q: Tensor):
-    """(forward, backward) on this tensor's device; the kernels are imported here so that `import fastattn` needs no Triton."""
-    if runs_kernels(q):
-        from fastattn.kernels.attention import attention_fwd
-        from fastattn.kernels.attention_bwd import attention_bwd
-
-        return attention_fwd, attention_bwd
-    return cpu.attention_fwd, cpu.attention_bwd
+_library.define(
+    f"attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, Tensor? weights, {_OPTIONS}, "
+    "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+)
 
 
 def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
@@ -57,21 +49,45 @@ def _with_contiguous_cols(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def _attention_fwd(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options):
+# The kernels are imported where they run, so that `import fastattn` needs no Triton.
+
+
+def _attention_fwd(
+    q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options_and_keep_weights
+):
+    *options, keep_weights = options_and_keep_weights
     if log.isEnabledFor(logging.INFO):
         log.info("attention_fwd: q %s k %s v %s %s", *map(describe, (q, k, v)), _Options(*options))
     _check_values(q, k, cu_seqlens_q, cu_seqlens_k, *options[:2])
-    forward, _ = _implementation(q)
     q, k, v = map(_with_contiguous_cols, (q, k, v))
-    return forward(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options)
+    inputs = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
+    if runs_kernels(q):
+        from fastattn.kernels.attention import attention_fwd
+
+        if keep_weights:
+            raise NotImplementedError("fastattn::attention_fwd: keep_weights is for CPU tensors outside the interpreter")
+        (out, lse), weights = attention_fwd(*inputs, *options), None
+    else:
+        with torch._C._DisableAutocast():  # it would round what is computed in float32
+            out, lse, weights = cpu.attention_fwd(*inputs, *options, keep_weights)
+    return out, lse, q.new_empty(0) if weights is None else weights
 
 
-def _attention_bwd(dout, dlse, q, k, v, *args):
+def _attention_bwd(
+    dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, out, lse, weights,
+    *options_and_bias_grad,
+):  # fmt: skip
     if log.isEnabledFor(logging.INFO):
         log.info("attention_bwd: q %s", describe(q))
-    _, backward = _implementation(q)
     q, k, v = map(_with_contiguous_cols, (q, k, v))
-    dq, dk, dv, dbias, dsinks = backward(dout, dlse, q, k, v, *args)
+    inputs = dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, out, lse
+    if runs_kernels(q):
+        from fastattn.kernels.attention_bwd import attention_bwd
+
+        dq, dk, dv, dbias, dsinks = attention_bwd(*inputs, *options_and_bias_grad)
+    else:
+        with torch._C._DisableAutocast():
+            dq, dk, dv, dbias, dsinks = cpu.attention_bwd(*inputs, weights, *options_and_bias_grad)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -81,11 +97,15 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("fastattn::attention_fwd", lib=_library)
-def _(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, *_):
+def _(q, k, v, *rest):
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     # float64 reaches the CPU alone, through scaled_dot_product_attention
-    return out, q.new_empty(lse_shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse = q.new_empty(lse_shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    keep_weights = rest[-1]
+    if not keep_weights:
+        return out, lse, q.new_empty(0)
+    return out, lse, q.new_empty(*lse_shape, k.shape[1], dtype=cpu.product_dtype(q, k))
 
 
 @torch.library.register_fake("fastattn::attention_bwd", lib=_library)
@@ -130,9 +150,13 @@ def _attention_fwd_flops(q, k, v, bias, slopes, sinks, seed, cu_q, cu_k, *option
 
 
 @register_flop_formula(torch.ops.fastattn.attention_bwd, get_raw=True)
-def _attention_bwd_flops(dout, dlse, q, k, v, bias, slopes, sinks, seed, cu_q, cu_k, out, lse, *options, **_) -> int:
+def _attention_bwd_flops(
+    dout, dlse, q, k, v, bias, slopes, sinks, seed, cu_q, cu_k, out, lse, weights, *options, **_
+) -> int:
     qk, pv = _flops(q, v, cu_q, cu_k, *options[:4])
-    return 3 * qk + 2 * pv  # S, dQ, dK over D; dP, dV over D_v
+    softcap = options[5]
+    # dQ, dK over D, and S where it is not in the weights; dP, dV over D_v
+    return (2 if weights is not None and softcap == 0 else 3) * qk + 2 * pv
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -150,32 +174,48 @@ class _Options(NamedTuple):
     dropout_p: float
 
 
+def _keeps_weights(tensors: tuple[Tensor | None, ...], options: _Options) -> bool:
+    """Whether a forward that is to have a backward keeps its softmax weights for it: a choice of the CPU path's alone."""
+    q, k, _, attn_bias, alibi_slopes, _, _, cu_seqlens_q, _ = tensors
+    if q.device.type != "cpu" or runs_kernels(q):
+        return False
+    bias_grad = attn_bias is not None and attn_bias.requires_grad
+    return cpu.keeps_weights(q, k, alibi_slopes, cu_seqlens_q, options.softcap, options.dropout_p, bias_grad)
+
+
 class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options, lse_used):
+    def forward(
+        q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options, lse_used, keep_weights
+    ):
         return torch.ops.fastattn.attention_fwd(
-            q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options
+            q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options, keep_weights
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, options, lse_used = inputs
+        *tensors, options, lse_used, keep_weights = inputs
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*tensors, *output)
-        ctx.options, ctx.lse_used = options, lse_used
+        ctx.options, ctx.lse_used, ctx.keep_weights = options, lse_used, keep_weights
 
     @staticmethod
-    def backward(ctx, dout, dlse):
-        *tensors, out, lse = ctx.saved_tensors
+    def backward(ctx, dout, dlse, _):
+        *tensors, out, lse, weights = ctx.saved_tensors
+        if not ctx.keep_weights:
+            weights = None
         if dout is None:
             dout = torch.zeros_like(out)
         if not ctx.lse_used:  # None in eager mode anyway, but a compiled graph brings zeros
             dlse = None
         bias_grad, sinks_grad = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-        dq, dk, dv, dbias, dsinks = _AttentionBackward.apply(dout, dlse, *tensors, out, lse, ctx.options, bias_grad)
-        return dq, dk, dv, dbias if bias_grad else None, None, dsinks if sinks_grad else None, *[None] * 5
+        dq, dk, dv, dbias, dsinks = _AttentionBackward.apply(
+            dout, dlse, *tensors, out, lse, weights, ctx.options, bias_grad
+        )
+        return dq, dk, dv, dbias if bias_grad else None, None, dsinks if sinks_grad else None, *[None] * 6
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -184,10 +224,10 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, out, lse,
-        options, bias_grad,
+        weights, options, bias_grad,
     ):  # fmt: skip  (no *args: Dynamo counts the parameters to tell whether there is a ctx among them)
         inputs = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
-        return torch.ops.fastattn.attention_bwd(dout, dlse, *inputs, out, lse, *options, bias_grad)
+        return torch.ops.fastattn.attention_bwd(dout, dlse, *inputs, out, lse, weights, *options, bias_grad)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -277,8 +317,10 @@ def attend(
         dropout_seed = draw_seed(q.device)
     tensors = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Attention.apply(*tensors, options, lse_used)
-    return torch.ops.fastattn.attention_fwd(*tensors, *options)  # an autograd.Function costs as much again as the call
+        out, lse, _ = _Attention.apply(*tensors, options, lse_used, _keeps_weights(tensors, options))
+    else:  # an autograd.Function costs as much again as the call
+        out, lse, _ = torch.ops.fastattn.attention_fwd(*tensors, *options, False)
+    return out, lse
 
 
 # --------------------------------------------------------------------------------------------------------------------
