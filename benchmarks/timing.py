@@ -60,6 +60,16 @@ class Clock:
         end.record()
         return lambda: start.elapsed_time(end)
 
+    def peak_bytes(self, work: Work) -> int | None:
+        """The most that one call of `run` holds of the device's memory beyond what was there before; None where nobody counts."""
+        if not self._on_gpu:
+            return None
+        argument = work.prepare()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        work.run(argument)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
     def synchronize(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize(self.device)

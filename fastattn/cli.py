@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from fastattn import __version__
-    from fastattn.benchmarks import bench_attention
+    from fastattn.benchmarks import suite
 
     parser = _Parser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
     parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
@@ -43,13 +43,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    bench = add("bench", bench_attention.run, "verify, then time against naive attention and the peers at hand")
-    bench_attention.add_arguments(bench)
+    bench = add("bench", suite.run, "verify each op, then time it against the naive one and the peers at hand")
+    suite.add_arguments(bench)
     add("info", _info, "versions, devices, and which code runs on them")
     verify = add("verify", _verify, "check attention's options, outputs and gradients, against the float64 reference")
-    device, regex = bench_attention.device, bench_attention.regex
+    device, regex = suite.device, suite.regex
     verify.add_argument("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
-    dtypes = bench_attention.DTYPES
+    dtypes = suite.DTYPES
     verify.add_argument("--dtype", choices=dtypes, nargs="+", default=None, help="default: all on cuda, fp32 on cpu")
     verify.add_argument("--only", type=regex, metavar="REGEX", default="", help="cases to run, by name")
     warmup = add("warmup", _warmup, "compile attention's usual variants ahead of their first use")
@@ -65,7 +65,7 @@ def _device(asked: torch.device | None) -> torch.device:
 
 def _info(options: argparse.Namespace) -> int:
     import fastattn
-    from fastattn.benchmarks import peers
+    from fastattn.benchmarks.bench_attention import peers
     from fastattn.benchmarks.provenance import PACKAGES, commit, device_details, version
     from fastattn.ops.dispatch import INTERPRET
 
@@ -82,7 +82,7 @@ def _info(options: argparse.Namespace) -> int:
     lines += [(f"cuda:{i}", _describe_gpu(torch.device("cuda", i))) for i in range(torch.cuda.device_count())]
     if not torch.cuda.is_available():
         lines.append(("cuda", "no device"))
-    present, absent = peers.available(_device(None))
+    present, absent = peers(_device(None))
     lines.append(("bench peers", ", ".join(name for name in present if name != "fastattn")))
     lines += [(f"  no {name}", reason) for name, reason in absent.items()]
     width = max(len(name) for name, _ in lines)
@@ -106,12 +106,12 @@ def _describe_gpu(device: torch.device) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from fastattn.benchmarks import bench_attention, report
+    from fastattn.benchmarks import report, suite
     from fastattn.benchmarks.timing import describe_error
     from fastattn.benchmarks.verification import CASES, verify_case
 
     device = _device(options.device)
-    dtypes = options.dtype or (list(bench_attention.DTYPES) if device.type == "cuda" else ["fp32"])
+    dtypes = options.dtype or (list(suite.DTYPES) if device.type == "cuda" else ["fp32"])
     cases = [case for case in CASES if options.only.search(case.name)]
     if not cases:
         raise SystemExit(f"fastattn verify: --only must match a case: {', '.join(case.name for case in CASES)}")
@@ -120,7 +120,7 @@ def _verify(options: argparse.Namespace) -> int:
         for dtype, case in itertools.product(dtypes, cases):
             step(f"{dtype} {case.name}")
             try:
-                checks = verify_case(case, bench_attention.DTYPES[dtype], device)
+                checks = verify_case(case, suite.DTYPES[dtype], device)
             except Exception as error:  # a case that raises is a red row; the others still run
                 red += 1
                 rows.append([f"!{case.name}", dtype, "!RAISED", describe_error(error), "", ""])

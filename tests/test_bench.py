@@ -1,5 +1,6 @@
 """The benchmark: what it writes, and that it says nothing about a wrong answer."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -12,7 +13,7 @@ import torch
 
 import fastattn
 from fastattn import reference
-from fastattn.benchmarks import bench_attention, peers, provenance, report, timing, verification
+from fastattn.benchmarks import bench_attention, provenance, report, suite, timing, verification
 from fastattn.cli import main
 from fastattn.testing.budget import check_budget
 
@@ -31,8 +32,8 @@ def folder(tmp_path_factory):
 def rows_only(monkeypatch):
     """Leave out what is not under test: the ceilings and the overhead take longer than a tiny row."""
     ceilings = {"matmul_tflops": 0.1, "matmul_size": 2048, "copy_gbps": 10.0, "copy_bytes": 1 << 27}
-    monkeypatch.setattr(bench_attention, "measure_ceilings", lambda clock, dtype: ceilings)
-    monkeypatch.setattr(bench_attention, "measure_overhead", lambda device, dtype: {})
+    monkeypatch.setattr(suite, "measure_ceilings", lambda clock, dtype: ceilings)
+    monkeypatch.setattr(suite, "host_microseconds", lambda call, device: 1.0)
 
 
 def load(folder):
@@ -131,20 +132,23 @@ def test_a_wrong_gradient_gets_no_number_either(rows_only, tmp_path, monkeypatch
 
 
 def test_an_exception_of_ours_is_a_red_row(rows_only, tmp_path, capsys, monkeypatch):
-    def broken(seqlen, causal):
+    def broken(shape):
         def forward(q, k, v):
             raise RuntimeError("no such tile")
 
         return forward
 
-    monkeypatch.setitem(peers.ON_CPU, "fastattn", broken)
+    monkeypatch.setitem(bench_attention.ON_CPU, "fastattn", broken)
     assert run(tmp_path) == 1
     assert load(tmp_path)["rows"][0]["error"] == "RuntimeError: no such tile"
     assert "no such tile" in capsys.readouterr().out
 
 
 def test_a_peer_that_computes_something_else_loses_its_numbers(rows_only, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(peers.ON_CPU, "SDPA", lambda seqlen, causal: peers.sdpa_builder(None)(seqlen, not causal))
+    other = bench_attention.sdpa_builder(None)
+    monkeypatch.setitem(
+        bench_attention.ON_CPU, "SDPA", lambda shape: other(dataclasses.replace(shape, causal=not shape.causal))
+    )
     assert run(tmp_path) == 0
     (row,) = load(tmp_path)["rows"]
     assert list(row["passes"]["fwd"]) == ["fastattn", "naive"]
@@ -155,7 +159,7 @@ def test_a_peer_that_computes_something_else_loses_its_numbers(rows_only, tmp_pa
 def test_naive_is_refused_where_its_matrices_do_not_fit():
     shape = bench_attention.Shape(1, 1 << 20, 8, 8, 64, causal=True)
     with pytest.raises(MemoryError, match=r"S × S matrices need about \d+"):
-        bench_attention._refuse_beyond_memory(shape, torch.float32, CPU)
+        bench_attention.refuse_beyond_memory(shape, torch.float32, CPU)
 
 
 def test_comparison_with_an_older_file(rows_only, folder, tmp_path, capsys):
@@ -171,7 +175,7 @@ def test_comparison_with_an_older_file(rows_only, folder, tmp_path, capsys):
     path.write_text('{"op": "softmax"}')
     with pytest.raises(SystemExit):
         run(tmp_path, "--base", str(path))
-    assert "--base: must be an attention.json" in capsys.readouterr().err
+    assert "--base: must be an OP.json" in capsys.readouterr().err
 
 
 def test_only_must_match_a_row(tmp_path):
@@ -272,7 +276,7 @@ def test_the_backward_is_timed_without_its_forward():
         forwards.append(torch.is_grad_enabled())
         return q + k + v
 
-    works = bench_attention.works(forward, inputs, torch.ones(1, 8, 1, 4))
+    works = suite.works(forward, inputs, [torch.ones(1, 8, 1, 4)])
     graph = works["bwd"].prepare()
     assert forwards == [True]
     assert len(works["bwd"].run(graph)) == 3
@@ -290,7 +294,7 @@ def test_commit_comes_from_the_environment_outside_a_checkout(monkeypatch):
 
 
 def test_absent_peers_are_named_with_the_reason():
-    present, absent = peers.available(torch.device("cuda"))
+    present, absent = bench_attention.peers(torch.device("cuda"))
     assert list(present)[:2] == ["fastattn", "naive"]
     assert {"SDPA flash", "SDPA cuDNN", "SDPA efficient", "SDPA math", "FlexAttention"} <= set(present)
     for name, package in (("flash-attn", "flash_attn"), ("xformers", "xformers")):

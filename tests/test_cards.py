@@ -9,9 +9,10 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="needs triton")
 
+from fastattn.kernels.row_tiles import ROW_TILES, RowConfig  # noqa: E402
 from fastattn.kernels.tiles import TILES, Config  # noqa: E402
 from fastattn.testing import cards  # noqa: E402
-from fastattn.testing.cards import Job  # noqa: E402
+from fastattn.testing.families import Job, attention, families  # noqa: E402
 
 
 @pytest.fixture
@@ -43,40 +44,48 @@ def test_no_row_is_worse(golden):
     assert set(golden) == set(found)
 
 
-def test_golden_cards_satisfy_the_rules_and_cover_the_table(golden):
+def test_golden_cards_satisfy_the_rules_and_cover_the_tables(golden):
     wrong = [what for name, card in golden.items() for what in cards.violations(name, card)]
     assert not wrong, "\n".join(wrong)
+    assert {card["job"] for card in golden.values()} == set(map(str, cards.all_jobs()))
+    assert {card["triton"].rsplit(".", 1)[0] for card in golden.values()} == {cards.TRITON}
     rows = {
-        (kernel, part, dtype_class, int(head_dim)) for kernel, part, dtype_class, head_dim, *_ in map(str.split, golden)
+        (kernel, part, dtype_class, int(head_dim))
+        for kernel, part, dtype_class, head_dim, *_ in map(str.split, golden)
+        if kernel.startswith("attention")
     }
     assert rows == set(TILES)
-    for flags in cards.FLAGS:
-        assert sum(f" {flags}" in name for name in golden) >= len(TILES)
     assert sum(name.endswith("dbias") for name in golden) == sum(row[0] == "attention_bwd_dq" for row in TILES)
-    assert {card["triton"].rsplit(".", 1)[0] for card in golden.values()} == {cards.TRITON}
+
+
+def test_every_row_of_the_row_table_is_compiled():
+    jobs = {(job.launcher, job.dtype_class, job.size) for job in cards.all_jobs()}
+    assert set(ROW_TILES) <= jobs
 
 
 def test_the_sample_holds_every_row_with_a_strict_rule():
     sample = cards.sample()
     assert len(set(sample)) == len(sample) and set(sample) <= set(cards.all_jobs())
-    assert set(sample) >= {job for job in cards.all_jobs() if job.is_required}
-    assert sum(job.is_required for job in sample) == 2 * 4 * 2  # forward and backward, parts, head dims
+    required = {job for job in families()["attention"].jobs() if attention.is_required(job)}
+    assert set(sample) >= required and len(required) == 2 * 4 * 2  # forward and backward, parts, head dims
+    assert {job.launcher for job in sample} >= {job[0] for job in ROW_TILES}
 
 
 def test_golden_files_hold_one_card_a_line(tmp_path):
     written = {
-        f"{kernel} sm80 half 64 plain": {"config": "64x64", "hash": "0", "registers": 1}
+        f"{kernel} sm80 half 64 plain": {"config": "64x64", "hash": "0", "job": f"{kernel[:13]} sm80 half 64 plain"}
         for kernel in ("attention_fwd", "attention_bwd_dq")
     }
     cards.write_golden(written, tmp_path)
     lines = (tmp_path / "attention_fwd.json").read_text().splitlines()
-    assert lines == ["{", '"attention_fwd sm80 half 64 plain": {"config": "64x64", "hash": "0", "registers": 1}', "}"]
+    card = '{"config": "64x64", "hash": "0", "job": "attention_fwd sm80 half 64 plain"}'
+    assert lines == ["{", f'"attention_fwd sm80 half 64 plain": {card}', "}"]
     assert cards.read_golden(tmp_path) == written
 
 
 NAME = "attention_fwd sm90 half 128 plain"
 GOOD = dict(
-    config="128x128 w8 s2 tma overlap", registers=240, stack=0, local=0, shared=164864, mma={"HGMMA": 48}, tma=11, hot_loop_mma=16,
+    job=NAME, access={"LDG.128": 8}, config="128x128 w8 s2 tma overlap", registers=240, stack=0, local=0, shared=164864, mma={"HGMMA": 48}, tma=11, hot_loop_mma=16,
     hot_loop_instructions=500, hot_loop_local=0, overlap=0.9,
 )  # fmt: skip
 
@@ -102,11 +111,16 @@ def test_broken_rules_are_named(change, message):
 
 def test_rules_of_other_rows_are_looser():
     spilling = GOOD | dict(stack=100, overlap=0.0)
-    assert cards.violations("attention_fwd sm90 half 128 all", spilling) == []
-    assert cards.violations("attention_fwd sm90 half 256 plain", spilling) == []
-    assert cards.violations("attention_bwd_dq sm90 half 128 plain", GOOD | dict(overlap=0.0)) == []
+
+    def violations(name, card):
+        kernel, *rest = name.split()
+        return cards.violations(name, card | {"job": " ".join([kernel[:13], *rest])})
+
+    assert violations("attention_fwd sm90 half 128 all", spilling) == []
+    assert violations("attention_fwd sm90 half 256 plain", spilling) == []
+    assert violations("attention_bwd_dq sm90 half 128 plain", GOOD | dict(overlap=0.0)) == []
     scalar = dict(config="16x16 w8 s1", mma={}, hot_loop_mma=None, overlap=None)
-    assert cards.violations("attention_fwd sm90 single 64 plain", spilling | scalar) == []
+    assert violations("attention_fwd sm90 single 64 plain", spilling | scalar) == []
 
 
 @pytest.mark.parametrize(
@@ -120,6 +134,7 @@ def test_rules_of_other_rows_are_looser():
         (dict(registers=249), "registers grew from 240 to 249"),
         (dict(mma={"HMMA": 48}), "matrix instructions were"),
         (dict(tma=0), "TMA loads are gone"),
+        (dict(access={"LDG.128": 8, "LDG.16": 1}), "accesses narrower than 128 bits grew"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -129,26 +144,51 @@ def test_worse_figures_are_named(change, message):
     assert wrong.startswith(f"{NAME}: ") and message in wrong
 
 
+ROW = "softmax_fwd sm90 half 4096 aligned"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(stack=8), "8 bytes of spills where none are allowed"),
+        (dict(access={"LDG.16": 8}), "no 128-bit access"),
+        (dict(access={"LDG.128": 4, "STG.16": 1}), "narrow accesses to aligned rows"),
+        (dict(shared=232449), "shared memory 232449 is over sm90's 232448"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_broken_rules_of_row_kernels_are_named(change, message):
+    good = GOOD | dict(job=ROW, mma={}, tma=0)
+    assert cards.violations(ROW, good) == []
+    assert message in cards.violations(ROW, good | change)[0]
+
+
 def test_a_changed_tile_or_a_missing_card_is_seen(monkeypatch):
-    now = {row: {"hash": cards.job_hash(job)} for job in cards.all_jobs() if job.flags == "plain" for row in job.rows}
-    assert {job.flags for job in cards.changed_jobs(now)} == {"all"}  # those have no card here
-    plain = [
-        job
-        for job in cards.changed_jobs({n: c for n, c in now.items() if n != "attention_bwd_dq sm90 half 256 plain"})
-        if job.flags == "plain"
-    ]
-    assert plain == [Job("attention_bwd", "sm90", "half", 256, "plain")]
+    def of(op):
+        return [job for job in cards.changed_jobs(now) if job.launcher.startswith(op)]
+
+    now = {str(job): {"hash": cards.job_hash(job), "job": str(job)} for job in cards.all_jobs()}
+    assert cards.changed_jobs(now) == []
+    missing = Job("attention_bwd", "sm90", "half", 256, "plain")
+    del now[str(missing)]
+    assert cards.changed_jobs(now) == [missing]
     monkeypatch.setitem(TILES, ("attention_bwd_dkdv", "sm80", "single", 64), Config(16, 16, 4, 3))
-    plain = [job for job in cards.changed_jobs(now) if job.flags == "plain"]
-    assert plain == [Job("attention_bwd", "sm80", "single", 64, "plain")]
+    assert {str(job) for job in of("attention")} == {
+        str(missing), "attention_bwd sm80 single 64 plain", "attention_bwd sm80 single 64 all"
+    }  # fmt: skip
+    monkeypatch.setitem(ROW_TILES, ("softmax_fwd", "half", 4096), RowConfig(1, 4096, 8))
+    assert {(job.launcher, job.size) for job in of("softmax")} == {("softmax_fwd", 4096)}
 
 
 def test_hash_follows_calls():
-    sources = cards._sources(cards.attention_bwd)
-    text = "\n".join(sources)
+    text = "\n".join(cards._sources("attention_bwd"))
     for name in ("def_gather_queries(", "defvisible_blocks(", "classProblem:", "LENGTHS = [", "LOG2E = "):
-        assert any(source.startswith(name) or name in source for source in sources), name
+        assert name in text, name
     assert "Add what the query blocks" not in text and "TILES" not in text
+    rows = "\n".join(cards._sources("softmax_fwd"))
+    for name in ("def_softmax_fwd_long_kernel(", "defedge(", "classRows:"):
+        assert name in rows, name
+    assert "ROW_TILES" not in rows
 
 
 def test_hash_is_of_code_not_of_its_layout():
@@ -179,4 +219,4 @@ def test_cards_are_plain_json():
     found = cards.compile_cards(Job("attention_fwd", "sm80", "half", 64, "plain"))
     (card,) = found.values()
     assert json.loads(json.dumps(found)) == found
-    assert card["config"] == cards.tile(TILES["attention_fwd", "sm80", "half", 64]) and card["mma"]["HMMA"] > 0
+    assert card["config"] == attention.tile(TILES["attention_fwd", "sm80", "half", 64]) and card["mma"]["HMMA"] > 0

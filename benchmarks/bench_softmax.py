@@ -1,0 +1,40 @@
+"""Softmax of rows against the naive formula, torch, and the fused kernels at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import fastattn
+
+from .rows import Variant, row_presets, row_suite
+
+
+def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    x = torch.randn(4, 64, device=device).to(dtype)
+    leaf = x.clone().requires_grad_()
+    return {
+        "fastattn.softmax": lambda: fastattn.softmax(x, -1),
+        "torch softmax": lambda: F.softmax(x, -1),
+        "fastattn.softmax, recording a gradient": lambda: fastattn.softmax(leaf, -1),
+        "torch softmax, recording a gradient": lambda: F.softmax(leaf, -1),
+    }
+
+
+VARIANTS = {
+    "softmax": Variant(
+        draw=lambda s, randn: ([randn(s.num_rows, s.num_cols)], [randn(s.num_rows, s.num_cols, learnt=False)]),
+        reference=fastattn.reference.softmax,
+        ours=lambda x: fastattn.softmax(x, -1),
+        torch=lambda x: F.softmax(x, -1),
+        others={
+            "Liger": ("liger_kernel.transformers.functional", "liger_softmax", lambda f: f),
+            "QuACK": ("quack.softmax", "softmax", lambda f: f),
+        },
+        traffic=(2, 3),  # x → y; y, dy → dx
+    )
+}
+SUITE = row_suite("softmax", VARIANTS, row_presets(list(VARIANTS)), overhead)

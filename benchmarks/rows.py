@@ -1,0 +1,135 @@
+"""What the benchmarks of row ops share: shapes, variants, peers, traffic.
+
+A variant is one function of an op's family (rms_norm, add_rms_norm, …) with everything that competes with it, each called with the
+same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .suite import COPY, OURS, Builder, Forward, Suite, find_peers
+
+ROW_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
+ELEMENTS_AT_MOST = 1 << 31  # of one tensor on a GPU: 16384 rows of 131072, as published figures have them
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """num_rows rows of num_cols columns, for one function of the family."""
+
+    function: str
+    num_rows: int
+    num_cols: int
+
+    def id(self, dtype: str) -> str:
+        return f"{self.function}-M{self.num_rows}-N{self.num_cols}-{dtype}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One function: draw(shape, randn) gives its inputs and an upstream gradient for each output; implementations and reference take
+    the inputs; traffic is how many (M, N) tensors the forward and the backward read and write."""
+
+    draw: Callable[[Any, Callable[..., Tensor]], tuple[list[Tensor], list[Tensor]]]
+    reference: Forward
+    ours: Forward
+    traffic: tuple[float, float]
+    torch: Forward | None = None
+    others: Mapping[str, tuple[str, str, Callable[..., Forward]]] = field(default_factory=dict)  # name → module, name, wrap(it)
+
+
+def row_presets(functions: Sequence[str], lengths: Sequence[int] = ROW_LENGTHS, rows: int = 32768) -> dict:
+    """Presets of every function over row lengths."""
+
+    def shapes(num_rows: int, lengths: Sequence[int]) -> list[RowShape]:
+        return [
+            RowShape(name, max(1, min(num_rows, ELEMENTS_AT_MOST // n)), n) for name in functions for n in lengths
+        ]
+
+    return {
+        ("cpu", "tiny"): shapes(5, [min(lengths) // 2, min(lengths) + 1]),
+        ("cpu", "quick"): shapes(1024, [n for n in lengths if n in (1024, 8192, 32768)] or lengths[:2]),
+        ("cpu", "full"): shapes(1024, [n for n in lengths if n <= 65536]),
+        ("cuda", "tiny"): shapes(64, lengths[:2]),
+        ("cuda", "quick"): shapes(rows, [n for n in lengths if n in (1024, 4096, 16384, 131072)] or lengths[:2]),
+        ("cuda", "full"): shapes(rows, lengths),
+    }
+
+
+def row_suite(op: str, variants: Mapping[str, Variant], presets: dict, overhead: Callable, **options: Any) -> Suite:
+    """The Suite of a family of row functions."""
+
+    def peers(device: torch.device) -> tuple[dict[str, Builder], dict[str, str]]:
+        def pick(attribute: str) -> Builder:
+            def build(shape: RowShape) -> Forward:
+                forward = getattr(variants[shape.function], attribute)
+                if forward is None:
+                    raise NotImplementedError(f"nothing of this name in {shape.function}")
+                return forward
+
+            return build
+
+        def compiled(shape: RowShape) -> Forward:
+            torch.compiler.reset()  # past its recompilation limit, dynamo would run the uncompiled function without an error
+            return torch.compile(pick("torch")(shape), dynamic=False, fullgraph=True)
+
+        candidates = {OURS: pick("ours"), "naive": pick("reference"), "torch": pick("torch")}
+        requires: dict[str, tuple[str, str]] = {}
+        if device.type == "cuda":
+            candidates["torch.compile"] = compiled
+            for variant in variants.values():
+                for name, (module, attribute, _) in variant.others.items():
+                    candidates[name], requires[name] = other(name), (module, attribute)
+        return find_peers(candidates, requires)
+
+    def other(name: str) -> Builder:
+        def build(shape: RowShape) -> Forward:
+            from .suite import import_name
+
+            module, attribute, wrap = variants[shape.function].others[name]
+            return wrap(import_name(module, attribute))
+
+        return build
+
+    def draw(shape: RowShape, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def randn(*size: int, dtype: torch.dtype = dtype, learnt: bool = True) -> Tensor:
+            return torch.randn(size, generator=generator, device=device).to(dtype).requires_grad_(learnt)
+
+        randn.generator, randn.device = generator, device
+        return variants[shape.function].draw(shape, randn)
+
+    def reference(
+        shape: RowShape, inputs: list[Tensor], upstream: list[Tensor], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        cast = [
+            t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs
+        ]
+        result = variants[shape.function].reference(*cast)
+        outs = [result] if isinstance(result, Tensor) else list(result)
+        learnt = [t for t in cast if t.requires_grad]
+        upstream = [t.to(out.dtype) for t, out in zip(upstream, outs, strict=True)]
+        grads = torch.autograd.grad(outs, learnt, upstream) if learnt else ()
+        names = [f"out{i}" for i in range(len(outs))] + [f"d{i}" for i, t in enumerate(cast) if t.requires_grad]
+        return dict(zip(names, [*(out.detach() for out in outs), *grads], strict=True))
+
+    def work(shape: RowShape, which: str, itemsize: int) -> float:
+        # tensors of M·N elements that have to be read or written once each
+        forward, backward = variants[shape.function].traffic
+        tensors = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[which]
+        return tensors * shape.num_rows * shape.num_cols * itemsize
+
+    return Suite(
+        op=op, presets=presets, peers=peers, draw=draw, reference=reference, overhead=overhead,
+        **{
+            "work": work, "ceiling": COPY, "x_label": "columns",
+            "panel": lambda row: (row["function"], row["num_cols"]), **options,
+        },
+    )  # fmt: skip
