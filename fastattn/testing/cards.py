@@ -28,11 +28,9 @@ import textwrap
 import tokenize
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 
 from . import sass
