@@ -108,7 +108,7 @@ def attention_fwd(
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
     lse = torch.full(lse_shape, -math.inf, dtype=_accumulation_dtype(q.dtype), device=q.device)
-    weights = q.new_zeros(*lse_shape, k.shape[1], dtype=product_dtype(q, k)) if keep_weights else None
+    weights = q.new_empty(*lse_shape, k.shape[1], dtype=product_dtype(q, k)) if keep_weights else None
     for (q_, out_), (k_, v_), (lse_,), mask, _, dropout in _dense_batches(
         (q, out), (k, v), (lse,), attn_bias, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k,
         window_left, window_right, dropout_seed, dropout_p,
@@ -571,7 +571,8 @@ def _backward_chunked(dout, dlse, q, k, v, weights, mask, sinks, dropout, scale,
         kv = kv_heads.stop - kv_heads.start
         k_, v_ = (_fold(t[batch, :, kv_heads], kv, dtype) for t in (k, v))
         k_of_scores = k_.to(score_dtype)
-        dk_, dv_ = (torch.zeros(t.shape, dtype=accumulate, device=t.device) for t in (k_, v_))
+        sum_dtype = accumulate if len(row_chunks) > 1 else dtype
+        dk_, dv_ = (torch.zeros(t.shape, dtype=sum_dtype, device=t.device) for t in (k_, v_))
         sinks_ = None if sinks is None else sinks[heads]
         for rows, keys in row_chunks:
             chunk = _Chunk(batch, heads, rows, keys)
@@ -635,15 +636,15 @@ def _keep(dropout: _Dropout, num_heads: int, chunk: _Chunk, dtype: torch.dtype) 
     as good once the upper are added to them. Philox, as on the GPU, would take longer than the attention itself.
     """
     batch, heads, rows, keys = chunk
+    entries = slice(dropout.batch_start + batch.start, dropout.batch_start + batch.stop)
+    quads = slice(keys.start // 4, (keys.stop + 3) // 4)  # one counter gives two words, and those numbers for four keys
     key = _splitmix64(dropout.seed)
-    entries = torch.arange(dropout.batch_start + batch.start, dropout.batch_start + batch.stop)[:, None] * num_heads
-    heads_of_call = (entries + torch.arange(heads.start, heads.stop))[..., None, None]
-    words = _words((heads_of_call << 32) + torch.arange(rows.start, rows.stop)[:, None], key)
-    first = keys.start // 4  # one counter gives two words, and those numbers for four keys
-    x = words[..., 1:] + _words(torch.arange(first, (keys.stop + 3) // 4), _splitmix64(key))
+    counters = _count(entries, num_heads << 32)[:, None, None] + _count(heads, 1 << 32)[:, None] + _count(rows, 1, key)
+    words = _words(counters.unsqueeze(-1))
+    x = words[..., 1:] + _words(_count(quads, 1, _splitmix64(key)))
     x.bitwise_xor_(x >> 16).mul_(words[..., :1] | 1)
     x.add_(x >> 16)
-    numbers = x.view(torch.int16)[..., keys.start - 4 * first : keys.stop - 4 * first]
+    numbers = x.view(torch.int16)[..., keys.start - 4 * quads.start : keys.stop - 4 * quads.start]
     kept = torch.empty(numbers.shape, dtype=dtype)
     return torch.ge(numbers, round(dropout.p * 2**16) - 2**15, out=kept)
 
@@ -659,13 +660,18 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _words(counters: torch.Tensor, key: int) -> torch.Tensor:
+def _count(indices: slice, step: int, key: int = 0) -> torch.Tensor:
+    """step * index for each, counted on from the key's upper 62 bits, which leave room for that."""
+    key >>= 2
+    return torch.arange(key + indices.start * step, key + indices.stop * step, step)
+
+
+def _words(counters: torch.Tensor) -> torch.Tensor:
     """(..., n) int64 counters to (..., 2 * n) random int32 words.
 
-    As above, but torch shifts copies of the sign in: x ^ x >> n loses a bit, which 64 can spare.
+    By the steps above, but for torch's shift, which brings copies of the sign in: x ^ x >> n loses a bit, and 64 spare it.
     """
-    x = (counters * _as_int64(_GOLDEN)).add_(_as_int64(key))
-    x.bitwise_xor_(x >> 32).mul_(_as_int64(_MULTIPLIER_1))
+    x = (counters ^ (counters >> 32)).mul_(_as_int64(_MULTIPLIER_1))
     x.bitwise_xor_(x >> 29).mul_(_as_int64(_MULTIPLIER_2))
     return x.bitwise_xor_(x >> 32).view(torch.int32)
 

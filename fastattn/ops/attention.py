@@ -212,9 +212,11 @@ class _Attention(torch.autograd.Function):
         if not ctx.lse_used:  # None in eager mode anyway, but a compiled graph brings zeros
             dlse = None
         bias_grad, sinks_grad = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-        dq, dk, dv, dbias, dsinks = _AttentionBackward.apply(
-            dout, dlse, *tensors, out, lse, weights, ctx.options, bias_grad
-        )
+        args = dout, dlse, *tensors, out, lse, weights
+        if torch.is_grad_enabled():  # by create_graph
+            dq, dk, dv, dbias, dsinks = _AttentionBackward.apply(*args, ctx.options, bias_grad)
+        else:
+            dq, dk, dv, dbias, dsinks = torch.ops.fastattn.attention_bwd(*args, *ctx.options, bias_grad)
         return dq, dk, dv, dbias if bias_grad else None, None, dsinks if sinks_grad else None, *[None] * 6
 
 
