@@ -9,7 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs triton")
 
-from fastattn.kernels import attention, attention_bwd, tiles  # noqa: E402
+from fastattn.kernels import attention, attention_bwd, launch, tiles  # noqa: E402
 from fastattn.ops import attention as ops  # noqa: E402
 from fastattn.testing.stub_driver import (  # noqa: E402
     SHARED_MEMORY_LIMITS,
@@ -159,6 +159,53 @@ def test_at_most_two_variants_over_lengths_and_batches():
             _attention_bwd_dkdv_kernel=2,
             _attention_bwd_dq_kernel=2,
         )
+
+
+def scaled(*tensors, factor=2.0, size=None):
+    """Launch a kernel of no fame over tensors, out = x·factor; gives the variant that was launched."""
+    x, out = tensors
+    launch.launch(
+        _scale_kernel, (1,), x.device, x_ptr=x, out_ptr=out, size=x.numel() if size is None else size, factor=factor, BLOCK=64,
+        num_warps=1,
+    )  # fmt: skip
+    return triton.runtime.driver.active.launches[-1]
+
+
+@triton.jit
+def _scale_kernel(x_ptr, out_ptr, size, factor, BLOCK: triton.language.constexpr):
+    i = triton.language.arange(0, BLOCK)
+    triton.language.store(out_ptr + i, triton.language.load(x_ptr + i, mask=i < size, other=0.0) * factor, mask=i < size)
+
+
+def test_a_call_of_another_kind_gets_another_variant():
+    """What a variant was compiled for must hold at each launch of it: dtype, 16-byte alignment, sizes that are multiples of 16."""
+    with stub_driver() as driver:
+        x = torch.zeros(65)
+        first = scaled(x[:64], x[:64])
+        for again in (scaled(x[:64], x[:64]), scaled(x[:64], x[:64], factor=3.0), scaled(x[:48], x[:64])):
+            assert again.compiled is first.compiled
+        others = [
+            scaled(x[1:65], x[:64]), scaled(x[:64], x[1:65]), scaled(x.half()[:64], x[:64]), scaled(x[:40], x[:64]),
+            scaled(x[:1], x[:64]), scaled(x[:64], x[:64], size=2**40),
+        ]  # fmt: skip
+        assert len({id(launch.compiled) for launch in [first, *others]}) == 7
+        assert len(driver.launches) == 4 + len(others)
+        for launch_, offset in ((others[0], 4), (others[1], 4)):
+            assert launch_.args["x_ptr"].data_ptr() + launch_.args["out_ptr"].data_ptr() == 2 * x.data_ptr() + offset
+
+
+def test_a_profiler_s_hook_is_called_at_every_launch(monkeypatch):
+    called = []
+    x = torch.zeros(64)
+    with stub_driver():
+        scaled(x, x)
+        monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", called.append)
+        monkeypatch.setattr(
+            "fastattn.testing.stub_driver._Recorder.__call__", lambda *args: called.append(args[8])
+        )  # its place in what Triton's launchers are given
+        scaled(x, x)
+        scaled(x, x)
+    assert called == [called[0]] * 2 and called[0] is not None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import _allocation
 
+from fastattn.kernels.launch import forget_variants
+
 # Shared memory a block may ask for, in bytes (CUDA programming guide, technical specifications by compute capability).
 SHARED_MEMORY_LIMITS = {
     (8, 0): 163 * 1024,
@@ -95,6 +97,7 @@ class StubDriver:
 
     def forget(self) -> None:
         """Free what was compiled under this driver."""
+        forget_variants()
         for launch in self.launches:
             launch.kernel.device_caches.pop(self._device, None)
 
