@@ -330,14 +330,18 @@ def test_kept_weights_say_what_was_dropped():
 
 
 def test_weights_are_kept_of_short_calls_alone():
-    def keeps(seqlen, dtype=torch.float32, heads=8, slopes=None, cu=None, softcap=0.0, p=0.0, bias_grad=False):
+    def keeps(
+        seqlen, dtype=torch.float32, heads=8, slopes=None, cu=None, left=None, right=None, softcap=0.0, p=0.0,
+        bias_grad=False,
+    ):  # fmt: skip
         q = torch.empty(1, seqlen, heads, 64, dtype=dtype, device="meta")
-        return cpu.keeps_weights(q, q, slopes, cu, softcap, p, bias_grad)
+        return cpu.keeps_weights(q, q, slopes, cu, left, right, softcap, p, bias_grad)
 
-    longest = math.isqrt(cpu._CHUNK_ELEMENTS // 8)
     for wants in ({"softcap": 5.0}, {"p": 0.1}, {"bias_grad": True}, {"slopes": torch.rand(8)}, {"dtype": torch.bfloat16}):
+        longest = math.isqrt((4 << 20) // (8 * wants.get("dtype", torch.float32).itemsize))  # 4 MiB
         assert keeps(1, **wants) and keeps(longest, **wants)
         assert not keeps(longest + 1, **wants) and not keeps(longest, heads=9, **wants)
+        assert keeps(256, right=0, **wants) and not keeps(257, right=0, **wants) and not keeps(257, left=9, **wants)
         assert not keeps(8, cu=torch.tensor([0, 8]), **wants)
     assert not keeps(8) and not keeps(8, torch.float64)  # torch's fused op does both directions
 

@@ -3,7 +3,7 @@
 Two ways, told apart by `_fused_fits`. Where only additive terms come between q k^T and the softmax, torch's fused CPU
 op does the work: in one call, or in one a chunk of rows where a mask has to be made for it. Otherwise each chunk is
 three plain steps, scores, softmax and the product with v. The backward repeats the first two before its own, unless the
-whole call is one chunk and the forward was told to keep its weights. Either way about `_CHUNK_ELEMENTS` scores or mask
+forward was told to keep its weights: then the whole call is one chunk. Either way about `_CHUNK_ELEMENTS` scores or mask
 entries exist at a time, and only of keys that some row of the chunk can see.
 """
 
@@ -58,16 +58,21 @@ def keeps_weights(
     k: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
     softcap: float,
     dropout_p: float,
     bias_grad: bool,
 ) -> bool:
     """Whether a forward with a backward to come should keep its softmax weights for it.
 
-    Only where the call is one chunk, so that memory stays linear in the sequence lengths, and dense. And not where
-    torch's fused op does both directions, which is faster still.
+    Only where they are no more than a chunk's scores, so that memory stays linear in the sequence lengths, and dense.
+    Not where torch's fused op does both directions, nor where a window spares chunks of rows more than keeping does.
     """
-    if cu_seqlens_q is not None or q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] > _CHUNK_ELEMENTS:
+    elements = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+    if cu_seqlens_q is not None or elements * product_dtype(q, k).itemsize > 4 * _CHUNK_ELEMENTS:
+        return False
+    if q.shape[1] > _CHUNK_ROWS and not (window_left is None and window_right is None):
         return False
     return not (_fused_fits(alibi_slopes, softcap, dropout_p) and _fused_backward_fits(q.dtype, bias_grad))
 
@@ -564,13 +569,12 @@ def _backward_chunked(dout, dlse, q, k, v, weights, mask, sinks, dropout, scale,
     # With nothing but masks laid over the scores, this is the naive computation, and in its precision: float32 takes
     # twice as long. What else there may be takes more time than that, and more precision.
     masked_only = mask.slopes is None and (mask.bias is None or mask.bias.dtype == torch.bool)
-    plain = masked_only and softcap == 0 and dropout.p == 0 and sinks is None
-    score_dtype = dtype if plain or weights is not None else accumulate
+    score_dtype = dtype if masked_only and softcap == 0 and sinks is None else accumulate
     kept_scale = 1.0 / (1.0 - dropout.p)
     for batch, kv_heads, heads, row_chunks in _chunks(q, k, mask, weights is not None):
         kv = kv_heads.stop - kv_heads.start
         k_, v_ = (_fold(t[batch, :, kv_heads], kv, dtype) for t in (k, v))
-        k_of_scores = k_.to(score_dtype)
+        k_of_scores = k_.to(score_dtype) if weights is None else None
         sum_dtype = accumulate if len(row_chunks) > 1 else dtype
         dk_, dv_ = (torch.zeros(t.shape, dtype=sum_dtype, device=t.device) for t in (k_, v_))
         sinks_ = None if sinks is None else sinks[heads]
@@ -582,25 +586,24 @@ def _backward_chunked(dout, dlse, q, k, v, weights, mask, sinks, dropout, scale,
                 scores, tanh = _chunk_scores(
                     q_.to(score_dtype), k_of_scores[:, keys], mask, scale, softcap, chunk, seqlen_k - seqlen_q
                 )
-                probabilities, _, _ = _softmax(scores, sinks_, mask.slopes is not None)
+                probabilities = _softmax(scores, sinks_, mask.slopes is not None)[0].to(dtype)
             else:
-                tanh = _tanh(q_.to(score_dtype), k_of_scores, scale / softcap) if softcap > 0 else None
+                tanh = _tanh(q_, k_, scale / softcap) if softcap > 0 else None
                 probabilities = weights.abs() if dropout.p > 0 else weights
-            dprobabilities = _product(dout_, v_[:, keys].transpose(1, 2), kept_scale).to(score_dtype)
-            dprobabilities = dprobabilities.view(probabilities.shape)
+            dprobabilities = _product(dout_, v_[:, keys].transpose(1, 2), kept_scale).view(probabilities.shape)
             kept = probabilities
             if dropout.p > 0:
-                marks = _keep(dropout, q.shape[2], chunk, score_dtype) if weights is None else weights
+                marks = _keep(dropout, q.shape[2], chunk, dtype) if weights is None else weights
                 kept, dprobabilities = _drop(probabilities, marks), _drop(dprobabilities, marks)
-            _add_product(dv_[:, keys], kept.view(shape).to(dtype).transpose(1, 2), dout_, kept_scale)
-            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, score_dtype)
+            _add_product(dv_[:, keys], kept.view(shape).transpose(1, 2), dout_, kept_scale)
+            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, dtype)
             if sinks is not None:
-                delta[batch, heads, rows] = dprobabilities.mul_(probabilities).sum(-1)
+                delta[batch, heads, rows] = dprobabilities.mul_(probabilities).sum(-1, dtype=accumulate)
             if dlse is not None:
-                dscores.addcmul_(probabilities, dlse[batch, heads, rows].to(score_dtype).unsqueeze(-1))
+                dscores.addcmul_(probabilities, dlse[batch, heads, rows].to(dtype).unsqueeze(-1))
             if dbias is not None:
                 part = _part(dbias, *chunk)
-                part += dscores.sum_to_size(part.shape)
+                part += dscores.to(accumulate).sum_to_size(part.shape)
             dscores = dscores.view(shape)
             if tanh is not None:
                 dscores = torch.ops.aten.tanh_backward(dscores, tanh)

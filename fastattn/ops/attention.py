@@ -180,7 +180,10 @@ def _keeps_weights(tensors: tuple[Tensor | None, ...], options: _Options) -> boo
     if q.device.type != "cpu" or runs_kernels(q):
         return False
     bias_grad = attn_bias is not None and attn_bias.requires_grad
-    return cpu.keeps_weights(q, k, alibi_slopes, cu_seqlens_q, options.softcap, options.dropout_p, bias_grad)
+    return cpu.keeps_weights(
+        q, k, alibi_slopes, cu_seqlens_q, options.window_left, options.window_right, options.softcap, options.dropout_p,
+        bias_grad,
+    )  # fmt: skip
 
 
 class _Attention(torch.autograd.Function):
