@@ -4,6 +4,7 @@ PYTHON = python3
 GPU_PYTHON = python3
 VENV = .venv
 OUT = benchmarks/results/local
+OPS = attention
 JOBS = 2
 
 PY = $(VENV)/bin/python
@@ -16,6 +17,7 @@ TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
 	@echo "make bench              verify attention, then time it against its peers on this machine"
+	@echo "make bench OPS=all      the same for every op; OPS='softmax norm' for some"
 	@echo "make test               the tests, in under ten minutes on two cores"
 	@echo "make test-more          long sweeps, every kernel card, the second torch"
 	@echo "make test-second-torch  import, interpret and compile under torch 2.11 and Triton 3.6"
@@ -46,7 +48,7 @@ $(VENV)/.setup-hf: $(VENV)/.setup
 	touch $@
 
 bench: $(VENV)/.setup
-	$(PY) -m fastattn bench
+	$(PY) -m fastattn bench $(OPS)
 
 demo: $(VENV)/.setup-hf
 	$(PY) examples/demo.py

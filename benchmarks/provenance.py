@@ -17,7 +17,7 @@ import torch
 
 import fastattn
 
-PACKAGES = ("triton", "numpy", "rich", "matplotlib", "transformers", "flash-attn", "flash-attn-4", "xformers")
+PACKAGES = ("triton", "numpy", "rich", "matplotlib", "transformers", "flash-attn", "flash-attn-4", "xformers", "liger-kernel", "quack-kernels", "flashinfer-python")
 _NVIDIA_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 

@@ -37,7 +37,7 @@ import triton
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
 print(f"python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}, {device}")
 tools = ["numpy", "pytest", "hypothesis", "pytest_benchmark", "rich", "matplotlib", "transformers"]
-peers = ["flash_attn", "flash_attn.cute", "xformers"]
+peers = ["flash_attn", "flash_attn.cute", "xformers", "liger_kernel", "quack", "flashinfer"]
 print("absent, and done without:", ", ".join(absent(tools + peers)) or "nothing")
 PY
 
@@ -56,5 +56,5 @@ if "$python" -c "import pytest" 2>/dev/null; then
 else
   echo "make gpu: no pytest here: the GPU tests were not run"
 fi
-"$python" -m fastattn bench --out "$out"
+"$python" -m fastattn bench all --out "$out"
 exit "$tests"

@@ -1,0 +1,124 @@
+"""A Llama layer's attention: projections, optional query and key norms, rotary embedding, attention, projection back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import checks
+from fastattn.ops.attention import attention
+from fastattn.ops.rotary import apply_rotary
+
+from .norm import RMSNorm
+
+_OP = "Attention"
+
+
+class Attention(torch.nn.Module):
+    """Multi-head attention with grouped key heads, as the layers of Llama, Mistral, Qwen3 and gpt-oss have it.
+
+    Parameters are named q_proj, k_proj, v_proj, o_proj (and q_norm, k_norm, sinks), so that such a layer's state_dict loads.
+
+    Args:
+        hidden_size: E, of inputs and outputs.
+        num_heads, num_kv_heads: H, and H_kv (default H), which divides it.
+        head_dim: D (default E / H).
+        bias: give the four projections a bias.
+        qk_norm: RMS-normalise queries and keys over D before they are rotated, as Qwen3 does.
+        window: (left, right) as in `attention`, or an int W: each token sees W keys, its own and the W − 1 before it (transformers'
+            sliding_window).
+        softcap, dropout_p: as in `attention`; dropout in training only.
+        sinks: a learnable logit a head, as in gpt-oss; 0 at first.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        bias: bool = False,
+        qk_norm: bool = False,
+        window: int | tuple[int | None, int | None] | None = None,
+        softcap: float = 0.0,
+        sinks: bool = False,
+        dropout_p: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            checks.reject(_OP, "num_kv_heads", f"divide num_heads = {num_heads}", num_kv_heads)
+        if head_dim is None and hidden_size % num_heads:
+            checks.reject(_OP, "hidden_size", f"be a multiple of num_heads = {num_heads} where head_dim is None", hidden_size)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.window = (window - 1, 0) if isinstance(window, int) else window or (None, None)
+        self.softcap, self.dropout_p = softcap, dropout_p
+        made = {"device": device, "dtype": dtype}
+        self.q_proj = torch.nn.Linear(hidden_size, num_heads * self.head_dim, bias, **made)
+        self.k_proj = torch.nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias, **made)
+        self.v_proj = torch.nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias, **made)
+        self.o_proj = torch.nn.Linear(num_heads * self.head_dim, hidden_size, bias, **made)
+        self.q_norm = RMSNorm(self.head_dim, eps=1e-6, **made) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=1e-6, **made) if qk_norm else None
+        self.sinks = torch.nn.Parameter(torch.zeros(num_heads, **made)) if sinks else None
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        *,
+        context: Tensor | None = None,
+        causal: bool = True,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: Any = None,
+        layer_idx: int = 0,
+    ) -> Tensor:
+        """Attend from x to itself, or to a context.
+
+        Args:
+            x: (B, S, E), or packed (T, E) with cu_seqlens.
+            cos, sin: as `apply_rotary` takes them, (S_max, R/2) or (B, S, R/2); None for no rotary embedding.
+            context: (B, S_k, E), attended to in x's place, all of it: causal, window and rotary embedding are for x alone.
+            causal: a token sees itself and those before it.
+            cu_seqlens, max_seqlen: (B + 1,) int32 and the longest length of packed sequences.
+            cache, layer_idx: for the paged cache, which does not exist yet.
+
+        Returns: x's shape.
+
+        Raises: NotImplementedError with a cache; ValueError for arguments that do not go together.
+        """
+        if cache is not None:
+            raise NotImplementedError(f"{_OP}: cache must be None until there is a paged cache, got {type(cache).__name__}")
+        if (cos is None) != (sin is None):
+            checks.reject(_OP, "cos and sin", "be given together", f"only {'sin' if cos is None else 'cos'}")
+        for arg, value in (("cos", cos), ("cu_seqlens", cu_seqlens)):
+            if context is not None and value is not None:
+                checks.reject(_OP, arg, "be None with a context", "a tensor")
+        rank = 2 if cu_seqlens is not None else 3
+        if x.dim() != rank:
+            checks.reject(_OP, "x", "have shape (T, E) with cu_seqlens, (B, S, E) without", tuple(x.shape))
+        keys = x if context is None else context
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k, v = (proj(keys).unflatten(-1, (self.num_kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if cos is not None:
+            q, k = apply_rotary(q, k, cos, sin, cu_seqlens=cu_seqlens)
+        alone = context is None
+        out = attention(
+            q, k, v, causal=causal and alone, window=self.window if alone else (None, None), softcap=self.softcap, sinks=self.sinks,
+            dropout_p=self.dropout_p if self.training else 0.0, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        )  # fmt: skip
+        return self.o_proj(out.flatten(-2))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}"
