@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -52,8 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = suite.DTYPES
     verify.add_argument("--dtype", choices=dtypes, nargs="+", default=None, help="default: all on cuda, fp32 on cpu")
     verify.add_argument("--only", type=regex, metavar="REGEX", default="", help="cases to run, by name")
-    warmup = add("warmup", _warmup, "compile attention's usual variants ahead of their first use")
+    warmup = add("warmup", _warmup, "compile the ops' usual variants ahead of their first use")
     warmup.add_argument("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
+    warmup.add_argument("--hidden-size", type=int, nargs="+", default=[4096], help="rows of norms and activations (4096)")
+    warmup.add_argument("--vocab-size", type=int, nargs="+", default=[128256], help="rows of logits (128256)")
     add("cards", None, "compile every row of the tile table and record what came out (--check: compare)")
     add("dump", None, "write the compiler's stages of an op's kernels, for any part")
     return parser
@@ -142,22 +145,53 @@ def _warmup(options: argparse.Namespace) -> int:
     if device.type == "cpu":
         print("nothing to do: the CPU path compiles nothing")
         return 0
+    for dtype in (torch.bfloat16, torch.float16):
+        works = {f"attention D{d}": functools.partial(_warm_attention, device, dtype, d) for d in (64, 128)}
+        works |= {f"rows of {n}": functools.partial(_warm_rows, device, dtype, n) for n in options.hidden_size}
+        works |= {f"logits of {n}": functools.partial(_warm_logits, device, dtype, n) for n in options.vocab_size}
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - start
+            print(f"{str(dtype).removeprefix('torch.')} {name}: {seconds:.1f} s", flush=True)
+    return 0
+
+
+def _warm_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     import fastattn
 
-    for dtype, head_dim, causal in itertools.product((torch.bfloat16, torch.float16), (64, 128), (True, False)):
-        start = time.perf_counter()
-        for num_kv_heads, packed in ((8, False), (2, False), (2, True)):
-            shape = (256,) if packed else (1, 256)
-            q, k, v = (
-                torch.randn(*shape, heads, head_dim, device=device, dtype=dtype).requires_grad_()
-                for heads in (8, num_kv_heads, num_kv_heads)
-            )
-            lengths = {"max_seqlen_q": 256, "max_seqlen_k": 256} if packed else {}
-            for name in ("cu_seqlens_q", "cu_seqlens_k") if packed else ():
-                lengths[name] = torch.tensor([0, 100, 256], dtype=torch.int32, device=device)
-            fastattn.attention(q, k, v, causal=causal, **lengths).sum().backward()
-        torch.cuda.synchronize(device)
-        mask = "causal" if causal else "full"
-        seconds = time.perf_counter() - start
-        print(f"{str(dtype).removeprefix('torch.')} D{head_dim} {mask}: {seconds:.1f} s", flush=True)
-    return 0
+    for num_kv_heads, packed, causal in itertools.product((8, 2), (False, True), (False, True)):
+        shape = (256,) if packed else (1, 256)
+        q, k, v = (
+            torch.randn(*shape, heads, head_dim, device=device, dtype=dtype).requires_grad_()
+            for heads in (8, num_kv_heads, num_kv_heads)
+        )
+        lengths = {"max_seqlen_q": 256, "max_seqlen_k": 256} if packed else {}
+        for name in ("cu_seqlens_q", "cu_seqlens_k") if packed else ():
+            lengths[name] = torch.tensor([0, 100, 256], dtype=torch.int32, device=device)
+        fastattn.attention(q, k, v, causal=causal, **lengths).sum().backward()
+    rotary = fastattn.nn.RotaryEmbedding(head_dim, device=device)
+    sum(t.sum() for t in rotary(*(torch.randn_like(t).requires_grad_() for t in (q[None], k[None])))).backward()
+
+
+def _warm_rows(device: torch.device, dtype: torch.dtype, num_cols: int) -> None:
+    import fastattn
+
+    x, residual = torch.randn(2, 64, num_cols, device=device, dtype=dtype, requires_grad=True)
+    weight, bias = torch.randn(2, num_cols, device=device, dtype=dtype, requires_grad=True)
+    outs = [
+        fastattn.softmax(x), fastattn.layer_norm(x, num_cols, weight, bias), fastattn.rms_norm(x, num_cols, weight),
+        *fastattn.add_layer_norm(x, residual, num_cols, weight, bias), *fastattn.add_rms_norm(x, residual, num_cols, weight),
+        fastattn.swiglu(x, residual), fastattn.geglu(x, residual),
+    ]  # fmt: skip
+    sum(out.sum() for out in outs).backward()
+
+
+def _warm_logits(device: torch.device, dtype: torch.dtype, vocab_size: int) -> None:
+    import fastattn
+
+    logits = torch.randn(4, vocab_size, device=device, dtype=dtype, requires_grad=True)
+    fastattn.cross_entropy(logits, torch.zeros(4, dtype=torch.int64, device=device)).backward()
+    for options in ({}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9}):
+        fastattn.sample(logits.detach(), temperature=0.8, **options)

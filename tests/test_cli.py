@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn import cli
 from fastattn.cli import main
 
 
@@ -79,10 +80,17 @@ def test_warmup_has_nothing_to_do_on_a_cpu(capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_what_warmup_calls_is_there():
+    """Its calls are for a GPU; their arguments are good anywhere."""
+    for work, size in ((cli._warm_attention, 16), (cli._warm_rows, 24), (cli._warm_logits, 70)):
+        work(torch.device("cpu"), torch.float32, size)
+
+
 @pytest.mark.gpu
 def test_warmup_compiles_on_a_gpu(capsys):
     assert main(["warmup"]) == 0
-    assert "bfloat16 D128 causal" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "bfloat16 attention D128" in printed and "float16 logits of 128256" in printed
 
 
 @pytest.mark.parametrize("command", ["cards", "dump"])
