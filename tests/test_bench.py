@@ -69,6 +69,33 @@ def test_every_row_is_checked_and_timed(folder):
             assert figures["naive"]["tflops"] == pytest.approx(bench_attention.flops(shape, which) / seconds / 1e12)
 
 
+@pytest.mark.parametrize("op", suite.OPS[1:])
+def test_every_op_has_one(op, rows_only, tmp_path):
+    assert main(["bench", op, "--device", "cpu", "--shapes", "tiny", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / f"{op}.json").read_text())
+    assert result["op"] == op and result["rows"] and result["overhead_us"]
+    ceiling = suite.suite_of(op).ceiling
+    for row in result["rows"]:
+        assert row["verified"] and set(row["left_out"]) <= {"torch linear_cross_entropy"}, row["left_out"]
+        assert list(row["passes"]) == list(suite.suite_of(op).passes)
+        for figures in row["passes"].values():
+            assert {"fastattn", "naive", "torch"} <= set(figures)
+            assert all(figure[ceiling.rate] > 0 and figure["peak_bytes"] is None for figure in figures.values())
+
+
+def test_rows_count_the_bytes_they_have_to_move():
+    from fastattn.benchmarks.rows import RowShape
+
+    shape = RowShape("softmax", 1000, 512)
+    work = suite.suite_of("softmax").work
+    assert [work(shape, which, 2) for which in suite.PASSES] == [n * 1000 * 512 * 2 for n in (2, 3, 5)]
+
+
+def test_which_ops_to_run(tmp_path):
+    with pytest.raises(SystemExit, match="OP must be all or some of attention, softmax, .*, got 'sort'"):
+        main(["bench", "softmax", "sort", "--out", str(tmp_path)])
+
+
 def test_the_file_says_where_its_figures_come_from(folder):
     result = load(folder)
     where = result["provenance"]
@@ -172,7 +199,9 @@ def test_comparison_with_an_older_file(rows_only, folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "base 012345678" in printed
     assert "another device: some other machine" in printed
-    path.write_text('{"op": "softmax"}')
+    with pytest.raises(SystemExit, match="--base is of attention: name that op, and no other"):
+        main(["bench", "softmax", "--base", str(path), "--out", str(tmp_path)])
+    path.write_text('{"op": "sort"}')
     with pytest.raises(SystemExit):
         run(tmp_path, "--base", str(path))
     assert "--base: must be an OP.json" in capsys.readouterr().err

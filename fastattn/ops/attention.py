@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from typing import NamedTuple
@@ -10,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.cpu import attention as cpu
 
 from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
+from .operator import apply, define, differentiable, once, wants_gradient
 
 # --------------------------------------------------------------------------------------------------------------------
 # The two operators. Empty tensors stand in for results that were not asked for: a schema has no optional ones.
@@ -28,14 +27,6 @@ _OPTIONS = (
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? attn_bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-)
-_library = torch.library.Library("fastattn", "FRAGMENT")
-_library.define(
-    f"attention_fwd({_INPUTS}, {_OPTIONS}, bool keep_weights) -> (Tensor out, Tensor lse, Tensor weights)"
-)
-_library.define(
-    f"attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, Tensor? weights, {_OPTIONS}, "
-    "bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
 
@@ -91,13 +82,7 @@ def _attention_bwd(
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("attention_fwd", _attention_fwd, _device)
-    _library.impl("attention_bwd", _attention_bwd, _device)
-
-
-@torch.library.register_fake("fastattn::attention_fwd", lib=_library)
-def _(q, k, v, *rest):
+def _attention_fwd_fake(q, k, v, *rest):
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     # float64 reaches the CPU alone, through scaled_dot_product_attention
@@ -108,11 +93,23 @@ def _(q, k, v, *rest):
     return out, lse, q.new_empty(*lse_shape, k.shape[1], dtype=cpu.product_dtype(q, k))
 
 
-@torch.library.register_fake("fastattn::attention_bwd", lib=_library)
-def _(dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, *rest):
+def _attention_bwd_fake(dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, *rest):
     dbias = q.new_empty(0) if not rest[-1] else attn_bias.new_empty(attn_bias.shape)
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
+
+
+define(
+    f"attention_fwd({_INPUTS}, {_OPTIONS}, bool keep_weights) -> (Tensor out, Tensor lse, Tensor weights)",
+    _attention_fwd,
+    _attention_fwd_fake,
+)
+define(
+    f"attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, Tensor? weights, {_OPTIONS}, bool bias_grad) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    _attention_bwd,
+    _attention_bwd_fake,
+)
 
 
 def _visible_pairs(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> int:
@@ -160,8 +157,7 @@ def _attention_bwd_flops(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Autograd. `register_autograd` would give zero JVPs, and a double backward through the bare operator drops terms without a word; an
-# autograd.Function without jvp whose backward is a second Function that cannot be differentiated raises in both cases.
+# Autograd.
 
 
 class _Options(NamedTuple):
@@ -186,9 +182,8 @@ def _keeps_weights(tensors: tuple[Tensor | None, ...], options: _Options) -> boo
     )  # fmt: skip
 
 
+@differentiable
 class _Attention(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options, lse_used, keep_weights
@@ -215,40 +210,11 @@ class _Attention(torch.autograd.Function):
         if not ctx.lse_used:  # None in eager mode anyway, but a compiled graph brings zeros
             dlse = None
         bias_grad, sinks_grad = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-        args = dout, dlse, *tensors, out, lse, weights
-        if torch.is_grad_enabled():  # by create_graph
-            dq, dk, dv, dbias, dsinks = _AttentionBackward.apply(*args, ctx.options, bias_grad)
-        else:
-            dq, dk, dv, dbias, dsinks = torch.ops.fastattn.attention_bwd(*args, *ctx.options, bias_grad)
-        return dq, dk, dv, dbias if bias_grad else None, None, dsinks if sinks_grad else None, *[None] * 6
-
-
-class _AttentionBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, out, lse,
-        weights, options, bias_grad,
-    ):  # fmt: skip  (no *args: Dynamo counts the parameters to tell whether there is a ctx among them)
-        inputs = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
-        return torch.ops.fastattn.attention_bwd(dout, dlse, *inputs, out, lse, weights, *options, bias_grad)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            "fastattn.attention: double backward is not supported; "
-            "use fastattn.reference.attention where a gradient of a gradient is needed"
+        dq, dk, dv, dbias, dsinks = torch.ops.fastattn.attention_bwd(
+            dout, dlse, *tensors, out, lse, weights, *ctx.options, bias_grad
         )
-
-
-for _function in (_Attention, _AttentionBackward):
-    # `apply` asks for this at every call, and working it out anew takes longer than everything else it does.
-    _function.forward.__signature__ = inspect.signature(_function.forward)
+        grads = [dq, dk, dv, dbias if bias_grad else None, None, dsinks if sinks_grad else None]
+        return *once("attention", grads, dout, dlse, *tensors[:4], tensors[5]), *[None] * 6
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -299,10 +265,6 @@ def attend(
         v = v.view_as(v)
     if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
-    inputs = (q, k, v, attn_bias, alibi_slopes, sinks)
-    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
-        # _Attention, having no jvp, would raise as well, but without a word about attention.
-        raise NotImplementedError("fastattn.attention: forward-mode AD is not supported; use fastattn.reference.attention")
     packed = cu_seqlens_q is not None
     if attn_bias is not None:  # to four dims, here rather than in the operator so that autograd sees the view
         attn_bias = attn_bias.reshape((1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape))
@@ -321,10 +283,8 @@ def attend(
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = draw_seed(q.device)
     tensors = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        out, lse, _ = _Attention.apply(*tensors, options, lse_used, _keeps_weights(tensors, options))
-    else:  # an autograd.Function costs as much again as the call
-        out, lse, _ = torch.ops.fastattn.attention_fwd(*tensors, *options, False)
+    keep_weights = wants_gradient(*tensors) and _keeps_weights(tensors, options)
+    out, lse, _ = apply("attention", _Attention, *tensors, options, lse_used, keep_weights)
     return out, lse
 
 

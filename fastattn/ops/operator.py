@@ -50,22 +50,25 @@ def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
         raise NotImplementedError(
             f"fastattn.{op}: forward-mode AD is not supported; use fastattn.reference.{op}"
         )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return function.apply(*args)
-    return function.forward(*args)
+    return function.apply(*args) if wants_gradient(*tensors) else function.forward(*args)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def once(op: str, grads: Sequence[Tensor | None], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     """A backward's gradients, made such that differentiating them again raises.
 
-    inputs: what they were computed from, upstream gradients and saved tensors alike, at most five.
+    inputs: what they were computed from, upstream gradients and saved tensors alike, at most eight.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # nothing records this backward
         return tuple(grads)
     sources = [t for t in inputs if t is not None and t.requires_grad]
     if not sources:
         return tuple(grads)
-    sources += [None] * (5 - len(sources))
+    sources += [None] * (8 - len(sources))
     return tuple(None if grad is None else _Once.apply(op, grad, *sources) for grad in grads)
 
 
@@ -74,7 +77,7 @@ class _Once(torch.autograd.Function):
     """The identity on `grad`, which autograd takes for a function of all its tensors, and which has no derivative."""
 
     @staticmethod
-    def forward(op, grad, first, second, third, fourth, fifth):
+    def forward(op, grad, a, b, c, d, e, f, g, h):  # no *sources: Dynamo counts the parameters to tell whether there is a ctx
         return grad.clone()
 
     @staticmethod
