@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-CHUNK = 1 << 20  # entries of the logits at a time: 4 MB in float32, which a cache holds
+CHUNK = 1 << 18  # entries of the logits at a time: 1 MB in float32, which a cache holds
 
 
 def cross_entropy_fwd(

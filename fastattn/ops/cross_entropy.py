@@ -82,7 +82,7 @@ def _cross_entropy_bwd(
 ):  # fmt: skip
     if log.isEnabledFor(logging.INFO):
         log.info("cross_entropy_bwd: input %s", describe(input))
-    with torch._C._DisableAutocast():
+    with torch.no_grad(), torch._C._DisableAutocast():  # create_graph enables gradients in a backward
         return implementation(input).cross_entropy_bwd(
             dloss, dlse, divisor, input, target, weight, numbers, ignore_index, label_smoothing, z_loss, softcap
         )

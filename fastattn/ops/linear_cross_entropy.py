@@ -94,13 +94,15 @@ class _Grads:
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, keep: float) -> None:
-    """total = keep·total + a·b, in float32 whatever a and b are; what total held is not looked at where keep is 0."""
+    """total = keep·total + a·b, total in float32 whatever a and b are; what it held is not looked at where keep is 0."""
     if a.dtype == torch.float32:
         total.addmm_(a, b, beta=keep)
     elif a.is_cuda:
         torch.addmm(total, a, b, beta=keep, out_dtype=torch.float32, out=total)
-    else:  # the CPU has no such matmul
-        total.addmm_(a.float(), b.float(), beta=keep)
+    elif keep:  # the CPU has no such matmul, and in float32 it takes three times as long: one rounding a chunk
+        total.add_(torch.mm(a, b))
+    else:
+        total.copy_(torch.mm(a, b))
 
 
 def _scaled(grad: Tensor, dloss: Tensor, divisor: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -147,7 +149,7 @@ def _linear_cross_entropy_fwd_fake(
 
 
 def _linear_cross_entropy_scale(dloss, divisor, grad, dtype):
-    with torch._C._DisableAutocast():
+    with torch.no_grad(), torch._C._DisableAutocast():  # create_graph enables gradients in a backward
         return _scaled(grad, dloss, divisor, dtype)
 
 
@@ -157,7 +159,7 @@ def _linear_cross_entropy_bwd(
 ):  # fmt: skip
     if log.isEnabledFor(logging.INFO):
         log.info("linear_cross_entropy_bwd: input %s linear_weight %s", describe(input), describe(linear_weight))
-    with torch._C._DisableAutocast():
+    with torch.no_grad(), torch._C._DisableAutocast():  # create_graph enables gradients in a backward
         rows, options = implementation(input), (ignore_index, label_smoothing, z_loss, softcap)
         grads = _Grads(input, linear_weight, wanted)
         for tokens, logits in _Chunks(input, linear_weight, linear_bias, chunk_size):
@@ -257,9 +259,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _check(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, chunk_size: int | None) -> None:
     op = "linear_cross_entropy"
-    for arg, t in (("input", input), ("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias)):
-        if t is not None:
-            checks.check_tensor(op, arg, t)
+    for arg, t in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        checks.check_tensor(op, arg, t)
+    if linear_bias is not None:
+        checks.check_tensor(op, "linear_bias", linear_bias)
     if input.dim() == 0:
         checks.reject(op, "input", "have shape (…, H)", checks.shape(input))
     if linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
@@ -312,10 +315,13 @@ def linear_cross_entropy(
 
     Memory: one chunk of logits, a float32 gradient of linear_weight, and the gradients themselves. Where input, weight or bias require
     them, the gradients of a "mean" or a "sum" are made in the forward (three matmuls), and scaled, out of place, in the backward. With
-    reduction="none" or return_lse, whose upstream gradients are one a token, the backward makes the logits again (one matmul forward, three
-    backward). Numerics: logits and their gradients rounded to input's dtype as a linear layer rounds them, all sums in fp32, the weight's
-    gradient over all chunks included. Under autocast input, weight and bias are cast as for a linear layer, and the loss is float32.
-    Bit for bit the same result at every run with the same chunk_size. Double backward and forward-mode AD raise NotImplementedError.
+    reduction="none" or return_lse, whose upstream gradients are one a token, the backward makes the logits again (one matmul forward,
+    three backward).
+
+    Numerics: logits and their gradients are rounded to input's dtype, as a linear layer rounds them; sums are in fp32, that of the
+    weight's gradient over the chunks included (on the CPU, each chunk's part of it is a matmul in input's dtype). Under autocast input,
+    weight and bias are cast as for a linear layer, and the loss is float32. Bit for bit the same result at every run with the same
+    chunk_size. Double backward and forward-mode AD raise NotImplementedError.
 
     Raises:
         TypeError: no tensor, or another dtype. ValueError: shapes, devices or options that do not fit, or a class weight that requires a
