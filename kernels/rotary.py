@@ -23,6 +23,7 @@ from .row_tiles import RowConfig, pick_row_config
 
 log = logging.getLogger("fastattn")
 
+
 @triton.jit
 def position_in_sequence(cu_seqlens_ptr, num_seqs, search_steps, token):
     """The position of (ROWS,) packed tokens in their sequences; −1 past the last one.
@@ -40,11 +41,10 @@ def position_in_sequence(cu_seqlens_ptr, num_seqs, search_steps, token):
 
 
 @triton.jit
-def table_rows(
-    positions_ptr, cu_seqlens_ptr, batch, token, in_rows, table_len, num_seqs, search_steps, stride_positionsb, stride_positionss, stride_tableb,
-    stride_tables, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """(start, in_table): where the table rows of (ROWS,) tokens start, and which tokens have one."""
+def table_row(
+    positions_ptr, cu_seqlens_ptr, batch, token, in_rows, table_len, num_seqs, search_steps, stride_positionsb, stride_positionss
+):
+    """(position, in_table): the table rows of (ROWS,) tokens as int64, and which tokens have one; the others get row 0."""
     if positions_ptr is not None:
         at = batch.to(tl.int64) * stride_positionsb + token.to(tl.int64) * stride_positionss
         position = tl.load(positions_ptr + at, mask=in_rows, other=0)
@@ -53,22 +53,20 @@ def table_rows(
     else:
         position = token
     in_table = in_rows & (position >= 0) & (position < table_len)
-    position = tl.where(in_table, position, 0)
-    start = batch.to(tl.int64) * stride_tableb + position.to(tl.int64) * stride_tables
-    return start // VECTOR * VECTOR, in_table  # what it is, and now the compiler knows
+    return tl.where(in_table, position, 0).to(tl.int64), in_table
 
 
 @triton.jit(do_not_specialize=[
-    "seqlen", "num_heads", "num_kv_heads", "q_rows", "k_rows", "q_programs", "table_len", "num_seqs", "search_steps", "stride_qb", "stride_qs", "stride_qh",
-    "stride_kb", "stride_ks", "stride_kh", "stride_cosb", "stride_coss", "stride_sinb", "stride_sins", "stride_positionsb",
-    "stride_positionss",
+    "seqlen", "num_heads", "num_kv_heads", "q_rows", "k_rows", "q_programs", "table_len", "num_seqs", "search_steps",
+    "stride_qb", "stride_qs", "stride_qh", "stride_kb", "stride_ks", "stride_kh", "stride_cosb", "stride_coss", "stride_sinb",
+    "stride_sins", "stride_positionsb", "stride_positionss",
 ])  # fmt: skip
 def _rotary_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, cu_seqlens_ptr, q_out_ptr, k_out_ptr, seqlen, num_heads, num_kv_heads, q_rows, k_rows,
-    q_programs, table_len, num_seqs, search_steps, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_cosb, stride_coss,
-    stride_sinb, stride_sins, stride_positionsb, stride_positionss, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, VECTOR: tl.constexpr, TABLE_VECTOR: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, cu_seqlens_ptr, q_out_ptr, k_out_ptr, seqlen, num_heads, num_kv_heads, q_rows,
+    k_rows, q_programs, table_len, num_seqs, search_steps, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_cosb, stride_coss, stride_sinb, stride_sins, stride_positionsb, stride_positionss, INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, VECTOR: tl.constexpr, TABLE_VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """y₁ = x₁∘cos − x₂∘sin and y₂ = x₂∘cos + x₁∘sin of ROWS rows of q or of k; a token without a table row stays as it is."""
     is_q = tl.program_id(0) < q_programs
@@ -100,9 +98,12 @@ def _rotary_kernel(
         in_rest = in_rows[:, None] & (rest < HEAD_DIM)
         x_rest = tl.load(x_ptr + x + rest, mask=in_rest, other=0.0)
 
-    table = positions_ptr, cu_seqlens_ptr, batch, token, in_rows, table_len, num_seqs, search_steps, stride_positionsb, stride_positionss
-    cos_row, in_table = table_rows(*table, stride_cosb, stride_coss, TABLE_VECTOR)
-    sin_row, _ = table_rows(*table, stride_sinb, stride_sins, TABLE_VECTOR)
+    position, in_table = table_row(
+        positions_ptr, cu_seqlens_ptr, batch, token, in_rows, table_len, num_seqs, search_steps, stride_positionsb, stride_positionss
+    )
+    # As with x: multiples of TABLE_VECTOR anyway.
+    cos_row = (batch.to(tl.int64) * stride_cosb + position * stride_coss) // TABLE_VECTOR * TABLE_VECTOR
+    sin_row = (batch.to(tl.int64) * stride_sinb + position * stride_sins) // TABLE_VECTOR * TABLE_VECTOR
     in_table = in_table[:, None] & (half < ROTARY_DIM // 2)
     cos = tl.load(cos_ptr + cos_row[:, None] + half, mask=in_table, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + sin_row[:, None] + half, mask=in_table, other=0.0).to(tl.float32)
@@ -142,8 +143,8 @@ def rotary(
     batch, seqlen, num_heads, head_dim = q.shape
     num_kv_heads, rotary_dim = k.shape[2], 2 * cos.shape[-1]
     q_rows, k_rows = batch * seqlen * num_heads, batch * seqlen * num_kv_heads
-    check_grid("apply_rotary", max(q_rows, k_rows))  # rows, which the kernel counts in 32 bits
     config = config or rotary_config(head_dim, rotary_dim, q.element_size())
+    check_grid("apply_rotary", max(q_rows, k_rows) + config.ROWS)  # rows, which the kernel counts in 32 bits
     log.debug("rotary: %s", config)
     q_programs = triton.cdiv(q_rows, config.ROWS)
     num_seqs = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -263,7 +263,7 @@ def test_it_is_flash_attention_s_apply_rotary_emb(interleaved):
 @pytest.mark.both
 @pytest.mark.more
 @LAYOUTS
-@pytest.mark.parametrize("seqlen", [700, 3001])
+@pytest.mark.parametrize("seqlen", [700, 1501])
 def test_long_sequences(interleaved, seqlen):
     check(heads(2, seqlen, 4, 64, dtype=BF16), *tables(seqlen, 64), interleaved=interleaved)
 
@@ -271,7 +271,7 @@ def test_long_sequences(interleaved, seqlen):
 @pytest.mark.both
 @pytest.mark.more
 def test_every_head_dim():
-    for head_dim in range(2, 140):
+    for head_dim in range(2, 140, 3):
         for rotary_dim in {2, head_dim // 4 * 2 or 2, head_dim // 2 * 2}:
             for interleaved in (False, True):
                 check(heads(1, 2, 2, head_dim, kv_heads=1, dtype=F16), *tables(2, rotary_dim), interleaved=interleaved)
