@@ -49,6 +49,42 @@ ROW_TILES: dict[tuple[str, str, int], RowConfig] = {
             (1, 4096, 4), (1, 8192, 8), (1, 16384, 16), (1, 8192, 8)),
     **_rows("softmax_bwd", "single", (64, 64, 8), (16, 128, 4), (16, 256, 8), (2, 512, 1), (1, 1024, 1), (1, 2048, 2),
             (1, 4096, 4), (1, 8192, 8), (1, 16384, 16), (1, 8192, 8)),
+    # glu: static. Nothing is reduced, so 16 elements a thread of any rows: forward 32 to 48 registers, backward 36 to 80. A bucket is
+    # for short strided rows to share a program; contiguous tensors are one row.
+    **{
+        (kernel, dtype_class, bucket): RowConfig(rows, block, 4, long=bucket == LONG)
+        for kernel in ("glu_fwd", "glu_bwd")
+        for dtype_class in ("half", "single")
+        for bucket, rows, block in ((128, 16, 128), (512, 4, 512), (LONG, 1, 2048))
+    },
+    # cross_entropy: static, 64 KB in flight an SM throughout. Forward walks rows of more than 2048 columns, 16 elements a thread: 32 need
+    # no more than 40 registers, but spill with weights, smoothing and softcap. Backward has no row to hold: a program a block of columns.
+    **{
+        (kernel, dtype_class, bucket): RowConfig(rows, block, num_warps, long=long)
+        for dtype_class in ("half", "single")
+        for kernels, bucket, rows, block, num_warps, long in (
+            (("cross_entropy_fwd", "cross_entropy_bwd"), 64, 64, 64, 8, False),
+            (("cross_entropy_fwd", "cross_entropy_bwd"), 128, 32, 128, 8, False),
+            (("cross_entropy_fwd", "cross_entropy_bwd"), 256, 16, 256, 8, False),
+            (("cross_entropy_fwd", "cross_entropy_bwd"), 512, 2, 512, 1, False),
+            (("cross_entropy_fwd", "cross_entropy_bwd"), 1024, 1, 1024, 1, False),
+            (("cross_entropy_fwd", "cross_entropy_bwd"), 2048, 1, 2048, 2, False),
+            (("cross_entropy_fwd",), 32768, 1, 2048, 4, True),
+            (("cross_entropy_fwd",), LONG, 1, 4096, 8, True),
+            (("cross_entropy_bwd",), LONG, 1, 4096, 4, False),
+        )
+        for kernel in kernels
+    },
+    # sampling: static. One tile for any vocabulary, 16 KB of loads in flight from one program: 60 registers without a cut, 120 with one.
+    **_rows("sample", "half", (1, 8192, 16)), **_rows("sample", "single", (1, 4096, 16)),
+    **_rows("sampling_probs", "half", (1, 8192, 16)), **_rows("sampling_probs", "single", (1, 4096, 16)),
+    # rotary, by head dim: static. 2048 elements a program, a 128-bit access of each half a thread: 32 registers, 64 KB in flight an SM.
+    # Twice the rows take 54.
+    **{
+        ("rotary", dtype_class, bucket): RowConfig(2048 // bucket, bucket, 4)
+        for dtype_class in ("half", "single")
+        for bucket in (64, 128, 256, 512)
+    },
 }
 # fmt: on
 
