@@ -241,5 +241,6 @@ def _launch(
     config = config or pick_row_config(op, min(rows.num_cols, LONG), max(t.element_size() for t in tensors.values()))
     log.debug("%s: %s", op, config)
     num_blocks = triton.cdiv(rows.num_cols, config.BLOCK)
+    check_grid("glu", rows.num_rows + config.ROWS)  # rows, which the kernel counts in 32 bits
     grid = check_grid("glu", triton.cdiv(rows.num_rows, config.ROWS) * num_blocks)
     launch(kernel, grid, rows.device, **rows.args(), num_blocks=num_blocks, ACTIVATION=activation, **config.meta())

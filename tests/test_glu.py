@@ -415,3 +415,20 @@ def test_contiguous_tensors_are_one_row(as_on_cuda):
     (launch,) = launched_on((9, 0), call)
     assert (launch.args["num_rows"], launch.args["num_cols"], launch.args["ACCESS"]) == (1, 2400, "vector")
     assert launch.grid == (2, 1, 1)
+
+
+def test_more_than_2_31_elements_stay_64_bits(as_on_cuda):
+    """One row of so many: lengths and offsets are int64 from the block's number on."""
+    from fastattn.kernels.glu import _glu_fwd_kernel
+    from fastattn.kernels.row_tiles import LONG, pick_row_config
+
+    x = torch.zeros(8, dtype=BF16)
+    sizes = dict(num_rows=1, inner=1, num_cols=LONG + 8, num_blocks=(LONG + 8) // 2048 + 1)
+    strides = {f"stride_{name}{dim}": LONG + 8 for name in ("gate", "up", "out") for dim in "oi"}
+    options = dict(ACTIVATION="silu", ACCESS="vector", **pick_row_config("glu_fwd", LONG, 2).meta())
+
+    def call():
+        _glu_fwd_kernel[(1,)](gate_ptr=x, up_ptr=x, out_ptr=x, **sizes, **strides, **options, enable_fp_fusion=True)
+
+    (launch,) = launched_on((9, 0), call)
+    assert launch.compiled.src.signature["num_cols"] == "i64"
