@@ -60,14 +60,14 @@ def packed(*shape, dtype=F32, scale=2.0):
 # Values and gradients.
 
 # Each bucket at its top and ragged, more rows than a program takes, several blocks, edges shorter than a vector.
-SHAPES = [(3, 1), (40, 7), (17, 128), (5, 100), (9, 500), (3, 512), (2, 3, 769), (2, 2048), (3, 4099), (1, 8192)]
+SHAPES = [(3, 1), (40, 7), (17, 128), (5, 100), (9, 500), (2, 3, 769), (2, 2048), (2, 4099)]
 
 
 @pytest.mark.both
 @EACH
 @DTYPES
 def test_values(name, dtype):
-    for shape in SHAPES if name == "swiglu" else SHAPES[2:7]:
+    for shape in SHAPES if name == "swiglu" else SHAPES[2:6]:
         check(name, separate(*shape, dtype=dtype))
         check(name, packed(*shape, dtype=dtype))
 
