@@ -303,7 +303,7 @@ class PlainAttention(fnn.Attention):
 
         def rotated(t):
             first, second = t.chunk(2, -1)
-            return t * cos + torch.cat([-second, first], -1) * sin
+            return (t * cos + torch.cat([-second, first], -1) * sin).to(t.dtype)
 
         k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (rotated(k), v))
         scores = rotated(q) @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
@@ -368,18 +368,20 @@ def training_losses(plain, dtype, steps):
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.bfloat16, 5e-2)], ids=["fp32", "bf16"])
-def test_a_block_trains_to_the_losses_of_plain_torch(dtype, tolerance):
-    """In fp32 to the last digits. In bf16 to less than what plain bf16 is from plain fp32 at its worst step."""
-    ours, plain = training_losses(False, dtype, 20), training_losses(True, dtype, 20)
+def test_a_block_trains_to_the_losses_of_plain_torch():
+    ours, plain = training_losses(False, torch.float32, 20), training_losses(True, torch.float32, 20)
     assert plain[-1] < 0.75 * plain[0], "the model does not learn"
-    assert (ours - plain).abs().max() < tolerance
-    if dtype == torch.bfloat16:
-        noise = (plain - training_losses(True, torch.float32, 20)).abs().max()
-        assert (ours - plain).abs().max() < 2 * noise
+    assert (ours - plain).abs().max() < 2e-5
+
+
+def test_a_block_trains_in_bfloat16_within_its_noise():
+    """No farther from plain bf16 than that is from plain fp32."""
+    ours, plain = training_losses(False, torch.bfloat16, 20), training_losses(True, torch.bfloat16, 20)
+    noise = (plain - training_losses(True, torch.float32, 20)).abs().max()
+    assert (ours - plain).abs().max() <= noise
 
 
 @pytest.mark.interpret
 def test_a_block_trains_on_the_kernels():
     ours, plain = training_losses(False, torch.float32, 4), training_losses(True, torch.float32, 4)
-    assert (ours - plain).abs().max() < 2e-4
+    assert (ours - plain).abs().max() < 2e-5

@@ -7,6 +7,7 @@ gradients to `once`: both forward-mode AD and a gradient of a gradient then rais
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +26,15 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     """
     _library.define(schema)
     name = schema.partition("(")[0]
+
+    @functools.wraps(implementation)
+    def alone(*args: Any) -> Any:
+        # Of a CPU implementation's steps, autograd would record each under create_graph, and autocast round some to half precision.
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return implementation(*args)
+
     for device in ("CPU", "CUDA"):
-        _library.impl(name, implementation, device)
+        _library.impl(name, alone, device)
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
 
 

@@ -189,10 +189,10 @@ def read_golden(folder: Path = GOLDEN) -> dict[str, Card]:
     return {name: card for file in files for name, card in json.loads(file.read_text()).items()}
 
 
-def write_golden(cards: dict[str, Card], folder: Path = GOLDEN) -> None:
-    """One file a launcher, one card a line, sorted: a diff shows which figure of which row moved."""
+def write_golden(cards: dict[str, Card], folder: Path = GOLDEN, only: Iterable[str] | None = None) -> None:
+    """One file a launcher, one card a line, sorted: a diff shows which figure of which row moved. `only`: no other launchers' files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for launcher in launchers():
+    for launcher in launchers() if only is None else only:
         names = sorted(name for name, card in cards.items() if card["job"].split()[0] == launcher)
         lines = [f"{json.dumps(name)}: {json.dumps(cards[name], sort_keys=True)}" for name in names]
         (folder / f"{launcher}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -258,8 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     jobs = all_jobs() if options.check else changed_jobs(golden)
     if options.changed:
         jobs = list(dict.fromkeys([*jobs, *sample()]))
-    if options.op:
-        jobs = [job for job in jobs if any(job.launcher in families()[op].launchers for op in options.op)]
+    chosen = [launcher for op in options.op or families() for launcher in families()[op].launchers]
+    jobs = [job for job in jobs if job.launcher in chosen]
     if not checking:
         kept = set(map(str, all_jobs())) - set(map(str, jobs))
         golden = {name: card for name, card in golden.items() if card["job"] in kept}
@@ -269,14 +269,14 @@ def main(argv: list[str] | None = None) -> int:
         for name, card in found.items():
             _show(name, card)
         if not checking:  # after each job, so that an interrupted run goes on where it stopped
-            write_golden(golden | cards, options.golden)
+            write_golden(golden | cards, options.golden, chosen)
     if checking:
         wrong = judge(cards, golden)
         strangers = set(golden) - set(cards) if options.check and not options.op else ()
         wrong += [f"{name}: has a golden card and is in no table" for name in sorted(strangers)]
     else:
         golden |= cards
-        write_golden(golden, options.golden)
+        write_golden(golden, options.golden, chosen)
         wrong = [what for name, card in sorted(golden.items()) for what in violations(name, card)]
     summary = f"{len(cards)} cards compiled, {len(wrong)} wrong"
     print(summary, *wrong, sep="\n", file=sys.stderr if wrong else sys.stdout)
