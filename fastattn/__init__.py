@@ -34,8 +34,19 @@ _find_checkout_packages()
 
 from . import flash_attn, nn, reference  # noqa: E402  (the checkout's packages must be found first)
 from .ops.attention import attention  # noqa: E402
+from .ops.cross_entropy import cross_entropy  # noqa: E402
+from .ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention  # noqa: E402
 from .ops.softmax import softmax  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["attention", "flash_attn", "nn", "reference", "scaled_dot_product_attention", "softmax"]
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "flash_attn",
+    "linear_cross_entropy",
+    "nn",
+    "reference",
+    "scaled_dot_product_attention",
+    "softmax",
+]
