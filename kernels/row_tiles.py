@@ -65,7 +65,7 @@ ROW_TILES: dict[tuple[str, str, int], RowConfig] = {
         for kernels, bucket, rows, block, num_warps, long in (
             (("cross_entropy_fwd", "cross_entropy_bwd"), 64, 64, 64, 8, False),
             (("cross_entropy_fwd", "cross_entropy_bwd"), 128, 32, 128, 8, False),
-            (("cross_entropy_fwd", "cross_entropy_bwd"), 256, 16, 256, 8, False),
+            (("cross_entropy_fwd", "cross_entropy_bwd"), 256, 4, 256, 1, False),
             (("cross_entropy_fwd", "cross_entropy_bwd"), 512, 2, 512, 1, False),
             (("cross_entropy_fwd", "cross_entropy_bwd"), 1024, 1, 1024, 1, False),
             (("cross_entropy_fwd", "cross_entropy_bwd"), 2048, 1, 2048, 2, False),
