@@ -11,7 +11,6 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 1 << 20
 
 
-@torch.no_grad()  # a backward that is recorded records its operator, not these steps
 def glu_fwd(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     gate, up = _halves(gate) if up is None else (gate, up)
     out = gate.new_empty(gate.shape)
@@ -20,7 +19,6 @@ def glu_fwd(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     return out
 
 
-@torch.no_grad()
 def glu_bwd(dout: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
     packed = up is None
     grads = [gate.new_empty(gate.shape) for _ in range(1 if packed else 2)]

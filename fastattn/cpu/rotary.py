@@ -8,7 +8,6 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 1 << 20
 
 
-@torch.no_grad()  # a backward that is recorded records its operator, not these steps
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:

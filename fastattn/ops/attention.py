@@ -59,8 +59,7 @@ def _attention_fwd(
             raise NotImplementedError("fastattn::attention_fwd: keep_weights is for CPU tensors outside the interpreter")
         (out, lse), weights = attention_fwd(*inputs, *options), None
     else:
-        with torch._C._DisableAutocast():  # it would round what is computed in float32
-            out, lse, weights = cpu.attention_fwd(*inputs, *options, keep_weights)
+        out, lse, weights = cpu.attention_fwd(*inputs, *options, keep_weights)
     return out, lse, q.new_empty(0) if weights is None else weights
 
 
@@ -77,8 +76,7 @@ def _attention_bwd(
 
         dq, dk, dv, dbias, dsinks = attention_bwd(*inputs, *options_and_bias_grad)
     else:
-        with torch._C._DisableAutocast():
-            dq, dk, dv, dbias, dsinks = cpu.attention_bwd(*inputs, weights, *options_and_bias_grad)
+        dq, dk, dv, dbias, dsinks = cpu.attention_bwd(*inputs, weights, *options_and_bias_grad)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsinks is None else dsinks
 
 

@@ -63,11 +63,10 @@ def _cross_entropy_fwd(
     if log.isEnabledFor(logging.INFO):
         log.info("cross_entropy_fwd: input %s target %s %s", describe(input), describe(target), reduction)
     check_target_values("cross_entropy", target, input.shape[-1], ignore_index)
-    with torch._C._DisableAutocast():
-        numbers = implementation(input).cross_entropy_fwd(
-            input, target, weight, ignore_index, label_smoothing, z_loss, softcap
-        )
-        return *reduce(numbers, target.shape, reduction, dtype, return_lse), numbers
+    numbers = implementation(input).cross_entropy_fwd(
+        input, target, weight, ignore_index, label_smoothing, z_loss, softcap
+    )
+    return *reduce(numbers, target.shape, reduction, dtype, return_lse), numbers
 
 
 def _cross_entropy_fwd_fake(
@@ -82,10 +81,9 @@ def _cross_entropy_bwd(
 ):  # fmt: skip
     if log.isEnabledFor(logging.INFO):
         log.info("cross_entropy_bwd: input %s", describe(input))
-    with torch.no_grad(), torch._C._DisableAutocast():  # create_graph enables gradients in a backward
-        return implementation(input).cross_entropy_bwd(
-            dloss, dlse, divisor, input, target, weight, numbers, ignore_index, label_smoothing, z_loss, softcap
-        )
+    return implementation(input).cross_entropy_bwd(
+        dloss, dlse, divisor, input, target, weight, numbers, ignore_index, label_smoothing, z_loss, softcap
+    )
 
 
 define(

@@ -125,17 +125,16 @@ def _linear_cross_entropy_fwd(
     if log.isEnabledFor(logging.INFO):
         log.info("linear_cross_entropy_fwd: input %s linear_weight %s %s", describe(input), describe(linear_weight), reduction)
     check_target_values("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
-    with torch._C._DisableAutocast():
-        rows, options = implementation(input), (ignore_index, label_smoothing, z_loss, softcap)
-        grads = _Grads(input, linear_weight, wanted)
-        numbers = input.new_empty(4, input.shape[0], dtype=torch.float32)
-        one = input.new_ones((), dtype=torch.float32) if any(wanted) else None
-        for tokens, logits in _Chunks(input, linear_weight, linear_bias, chunk_size):
-            numbers[:, tokens] = found = rows.cross_entropy_fwd(logits, target[tokens], weight, *options)
-            if any(wanted):
-                rows.cross_entropy_bwd(one, None, None, logits, target[tokens], weight, found, *options, out=logits)
-                grads.add(tokens, logits)
-        reduced = reduce(numbers, target.shape, reduction, dtype, return_lse)
+    rows, options = implementation(input), (ignore_index, label_smoothing, z_loss, softcap)
+    grads = _Grads(input, linear_weight, wanted)
+    numbers = input.new_empty(4, input.shape[0], dtype=torch.float32)
+    one = input.new_ones((), dtype=torch.float32) if any(wanted) else None
+    for tokens, logits in _Chunks(input, linear_weight, linear_bias, chunk_size):
+        numbers[:, tokens] = found = rows.cross_entropy_fwd(logits, target[tokens], weight, *options)
+        if any(wanted):
+            rows.cross_entropy_bwd(one, None, None, logits, target[tokens], weight, found, *options, out=logits)
+            grads.add(tokens, logits)
+    reduced = reduce(numbers, target.shape, reduction, dtype, return_lse)
     return *reduced, numbers, *grads.tensors
 
 
@@ -149,8 +148,7 @@ def _linear_cross_entropy_fwd_fake(
 
 
 def _linear_cross_entropy_scale(dloss, divisor, grad, dtype):
-    with torch.no_grad(), torch._C._DisableAutocast():  # create_graph enables gradients in a backward
-        return _scaled(grad, dloss, divisor, dtype)
+    return _scaled(grad, dloss, divisor, dtype)
 
 
 def _linear_cross_entropy_bwd(
@@ -159,16 +157,15 @@ def _linear_cross_entropy_bwd(
 ):  # fmt: skip
     if log.isEnabledFor(logging.INFO):
         log.info("linear_cross_entropy_bwd: input %s linear_weight %s", describe(input), describe(linear_weight))
-    with torch.no_grad(), torch._C._DisableAutocast():  # create_graph enables gradients in a backward
-        rows, options = implementation(input), (ignore_index, label_smoothing, z_loss, softcap)
-        grads = _Grads(input, linear_weight, wanted)
-        for tokens, logits in _Chunks(input, linear_weight, linear_bias, chunk_size):
-            rows.cross_entropy_bwd(
-                dloss[tokens] if dloss.dim() else dloss, None if dlse is None else dlse[tokens], divisor, logits, target[tokens],
-                weight, numbers[:, tokens], *options, out=logits,
-            )  # fmt: skip
-            grads.add(tokens, logits)
-        return tuple(grad.to(input.dtype) for grad in grads.tensors)
+    rows, options = implementation(input), (ignore_index, label_smoothing, z_loss, softcap)
+    grads = _Grads(input, linear_weight, wanted)
+    for tokens, logits in _Chunks(input, linear_weight, linear_bias, chunk_size):
+        rows.cross_entropy_bwd(
+            dloss[tokens] if dloss.dim() else dloss, None if dlse is None else dlse[tokens], divisor, logits, target[tokens],
+            weight, numbers[:, tokens], *options, out=logits,
+        )  # fmt: skip
+        grads.add(tokens, logits)
+    return tuple(grad.to(input.dtype) for grad in grads.tensors)
 
 
 def _linear_cross_entropy_bwd_fake(dloss, dlse, divisor, input, linear_weight, linear_bias, *rest):
