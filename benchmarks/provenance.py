@@ -17,7 +17,10 @@ import torch
 
 import fastattn
 
-PACKAGES = ("triton", "numpy", "rich", "matplotlib", "transformers", "flash-attn", "flash-attn-4", "xformers", "liger-kernel", "quack-kernels", "flashinfer-python")
+PACKAGES = (
+    "triton", "numpy", "rich", "matplotlib", "transformers", "flash-attn", "flash-attn-4", "xformers", "liger-kernel", "quack-kernels",
+    "flashinfer-python",
+)  # fmt: skip
 _NVIDIA_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 

@@ -35,18 +35,31 @@ _find_checkout_packages()
 from . import flash_attn, nn, reference  # noqa: E402  (the checkout's packages must be found first)
 from .ops.attention import attention  # noqa: E402
 from .ops.cross_entropy import cross_entropy  # noqa: E402
+from .ops.glu import geglu, swiglu  # noqa: E402
 from .ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
+from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm  # noqa: E402
+from .ops.rotary import apply_rotary  # noqa: E402
+from .ops.sampling import sample, sampling_probs  # noqa: E402
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention  # noqa: E402
 from .ops.softmax import softmax  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "apply_rotary",
     "attention",
     "cross_entropy",
     "flash_attn",
+    "geglu",
+    "layer_norm",
     "linear_cross_entropy",
     "nn",
     "reference",
+    "rms_norm",
+    "sample",
+    "sampling_probs",
     "scaled_dot_product_attention",
     "softmax",
+    "swiglu",
 ]

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import check_grid, launch
+from .launch import launch
 from .primitives import LN2, LOG2E, cast, tanh
 from .row_tiles import RowConfig, pick_row_config
 from .rows import VECTOR, Rows, body, edge, groups, one_row, row_start, rows_of_program
@@ -116,10 +116,10 @@ def _cross_entropy_fwd_kernel(
         if HAS_SOFTCAP:
             s_edge = tl.where(at_edge, s_edge, float("-inf"))
         row_max = tl.maximum(row_max, tl.max(s_edge, 1))
-    row_sum = tl.sum(tl.exp2((s - row_max[:, None]) * LOG2E), 1)
+    finite_max = tl.where(row_max == float("-inf"), 0.0, row_max)[:, None]  # of a row of nothing else, whose sum is 0, or NaN with one
+    row_sum = tl.sum(tl.exp2((s - finite_max) * LOG2E), 1)
     if ACCESS == "edges":
-        row_sum += tl.sum(tl.exp2((s_edge - row_max[:, None]) * LOG2E), 1)
-    row_sum = tl.where(row_max == float("-inf"), 0.0, row_sum)
+        row_sum += tl.sum(tl.exp2((s_edge - finite_max) * LOG2E), 1)
     shift, smooth_sum, total_weight = s_target, s_target, 0.0
     if HAS_SMOOTHING:
         shift = tl.where(s_target > float("-inf"), s_target, 0.0)
@@ -319,7 +319,7 @@ def cross_entropy_bwd(
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
         HAS_DLSE=dlse is not None, HAS_DIVISOR=divisor is not None,
     )  # fmt: skip
-    grid = check_grid("cross_entropy", triton.cdiv(rows.num_rows, config.ROWS) * num_blocks)
+    grid = rows.grid("cross_entropy", config.ROWS, num_blocks)
     launch(_cross_entropy_bwd_kernel, grid, x.device, **args, **config.meta())
     return dx
 

@@ -110,7 +110,7 @@ def forward(gate_ptr, up_ptr, out_ptr, mask, ACTIVATION: tl.constexpr):
 @triton.jit
 def backward(dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, mask, ACTIVATION: tl.constexpr):
     """dup = dout∘act(gate) and dgate = dout∘(up∘act′(gate)) of one tile of pointers: up·act′ first, as that is never larger than
-    up by more than a tenth, where dout·up may be inf and act′ 0."""
+    up by more than an eighth, where dout·up may be inf and act′ 0."""
     dout = tl.load(dout_ptr, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr, mask=mask, other=0.0).to(tl.float32)

@@ -38,6 +38,18 @@ def target_of(tensor: torch.Tensor) -> Target:
     return Target((arch // 10, arch % 10), driver.utils.get_device_properties(0)["max_shared_mem"])
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    """How many SMs the part has; in the interpreter so few that programs which stay for many rows have many."""
+    if device.type == "cuda":
+        return _device_multiprocessors(device.index)
+    return 1 if interpreted() else triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"]
+
+
+@functools.cache
+def _device_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def tma_compatible(tensor: torch.Tensor) -> bool:
     """True where a TMA descriptor can be made over (heads, rows, cols) of a (…, rows, heads, cols) tensor from any
     row of any batch: 16-byte aligned starts, strides of rows and heads that are positive multiples of 16 bytes,
@@ -103,15 +115,19 @@ def _run(kernel, grid, args) -> None:
         _parameters[id(kernel)] = kernel, [(p.name, p.is_constexpr) for p in kernel.params]
     _, parameters = _parameters[id(kernel)]
     values = [args[name] for name, _ in parameters]
+    knobs = triton.knobs
     kind = (
-        id(kernel), device, args.get("num_warps"), args.get("num_stages"),
+        id(kernel), device, knobs.runtime.debug, knobs.compilation.instrumentation_mode, args.get("num_warps"), args.get("num_stages"),
         *[value if is_constexpr else _kind(value) for value, (_, is_constexpr) in zip(values, parameters, strict=True)],
     )  # fmt: skip
     variant = _variants.get(kind)
-    profiler = triton.knobs.runtime.launch_enter_hook
-    if variant is None or getattr(profiler, "calls", profiler):  # Triton has to call it
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, kernel.pre_run_hooks
+    hooked = any(getattr(hook, "calls", hook) for hook in hooks)  # a profiler, which Triton has to call
+    if variant is None or hooked:
         # fp fusion is named because Triton 3.10 turns its default off and the kernels count on a·b + c being one instruction.
-        _variants[kind] = kernel[grid](enable_fp_fusion=True, **args)
+        variant = kernel[grid](enable_fp_fusion=True, **args)
+        if not hooked:
+            _variants[kind] = variant
         return
     x, y, z = (*grid, 1, 1)[:3]
     stream = driver.get_current_stream(device)

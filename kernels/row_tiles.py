@@ -85,6 +85,21 @@ ROW_TILES: dict[tuple[str, str, int], RowConfig] = {
         for dtype_class in ("half", "single")
         for bucket in (64, 128, 256, 512)
     },
+    # norm: static. Forward, a row stays in registers up to 8192 columns, as of longer ones no two programs fit on an SM. Backward keeps
+    # to 128 registers a thread, which 16 warps an SM have, and holds what fits beside the sums: RMS norm 32 elements a thread, layer
+    # norm (and what has no sums) 16, fp32 16.
+    **_rows("norm_fwd", "half", (64, 64, 4), (32, 128, 4), (8, 256, 4), (2, 512, 1), (1, 1024, 1), (1, 2048, 2),
+            (1, 4096, 4), (1, 8192, 8), (1, 16384, 16)),
+    **_rows("norm_fwd", "single", (32, 64, 4), (16, 128, 4), (8, 256, 4), (2, 512, 2), (1, 1024, 2), (1, 2048, 4),
+            (1, 4096, 8), (1, 8192, 16), (1, 8192, 16)),
+    **_rows("rms_norm_bwd", "half", (32, 64, 4), (4, 128, 1), (2, 256, 1), (1, 512, 1), (1, 1024, 1), (1, 2048, 2),
+            (1, 4096, 4), (1, 8192, 8), (1, 16384, 16), (8, 256, 4)),
+    **_rows("rms_norm_bwd", "single", (16, 64, 4), (16, 128, 8), (4, 256, 4), (1, 512, 1), (1, 1024, 2), (1, 2048, 4),
+            (1, 4096, 8), (1, 8192, 16), (8, 256, 4)),
+    **_rows("layer_norm_bwd", "half", (32, 64, 4), (4, 128, 1), (2, 256, 1), (1, 512, 1), (1, 1024, 2), (1, 2048, 4),
+            (1, 4096, 8), (1, 8192, 16), (8, 256, 4)),
+    **_rows("layer_norm_bwd", "single", (16, 64, 4), (16, 128, 8), (4, 256, 4), (1, 512, 1), (1, 1024, 2), (1, 2048, 4),
+            (1, 4096, 8), (8, 256, 4)),
 }
 # fmt: on
 
@@ -93,4 +108,4 @@ def pick_row_config(kernel: str, num_cols: int, itemsize: int) -> RowConfig:
     """The tile for rows of num_cols columns; `itemsize` is the widest row's. Pure: no GPU needed."""
     dtype_class = "half" if itemsize == 2 else "single"
     buckets = (bucket for bucket in ROW_BUCKETS if num_cols <= bucket and (kernel, dtype_class, bucket) in ROW_TILES)
-    return ROW_TILES[kernel, dtype_class, next(buckets)]
+    return ROW_TILES[kernel, dtype_class, next(buckets, LONG)]

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .launch import check_grid
 
+MOST = 2**31 - 2**17  # rows, or columns
 VECTOR = tl.constexpr(8)  # columns in a 128-bit access of a 16-bit dtype; of a 32-bit one they are two accesses
 
 
@@ -61,8 +62,12 @@ class Rows:
     def device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
 
-    def grid(self, op: str, rows_a_program: int) -> tuple[int]:
-        return check_grid(op, triton.cdiv(self.num_rows, rows_a_program))
+    def grid(self, op: str, rows_a_program: int, num_blocks: int = 1) -> tuple[int]:
+        """num_blocks programs for each rows_a_program rows. Kernels count rows and columns in 32 bits, a tile's past the end too."""
+        for what, number in (("rows", self.num_rows), ("columns", self.num_cols)):
+            if number > MOST:
+                raise ValueError(f"{op}: the input must have at most {MOST} {what}, got {number}")
+        return check_grid(op, triton.cdiv(self.num_rows, rows_a_program) * num_blocks)
 
 
 def _split(tensors: list[torch.Tensor]) -> tuple[int, list[tuple[int, int]]] | None:

@@ -17,7 +17,7 @@ import triton.language as tl
 from .launch import check_grid, launch
 from .primitives import LOG2E, cast
 from .row_tiles import RowConfig, pick_row_config
-from .rows import VECTOR, Rows, body, edge, groups, one_row, row_start, rows_of_program
+from .rows import MOST, VECTOR, Rows, body, edge, groups, one_row, row_start, rows_of_program
 
 log = logging.getLogger("fastattn")
 
@@ -285,6 +285,8 @@ def _launch_strided(kernel, dim: int, **tensors: torch.Tensor) -> None:
     shape = next(iter(tensors.values())).shape
     num_rows, num_cols = shape[dim], shape[dim + 1 :].numel()
     num_blocks = triton.cdiv(num_cols, STRIDED["BLOCK_COLS"])
+    if max(num_rows, num_cols) > MOST:  # counted in 32 bits
+        raise ValueError(f"softmax: x must have dims of at most {MOST} here, got {max(num_rows, num_cols)}")
     programs = shape[:dim].numel() * num_blocks if num_rows else 0
     launch(
         kernel, check_grid("softmax", programs), next(iter(tensors.values())).device,

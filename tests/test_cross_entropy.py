@@ -258,7 +258,9 @@ def test_probabilities(shape, reduction):
     check(torch.randn(shape), target, **everything(5, **options))
     input = torch.randn(shape).to(BF16)
     got, expected = (f(input, target.to(BF16), **options) for f in (fastattn.cross_entropy, F.cross_entropy))
-    assert torch.equal(got, expected) and got.dtype == BF16
+    truth = F.cross_entropy(input.double(), target.to(BF16).double(), **options)
+    assert got.dtype == expected.dtype == BF16
+    assert (got - truth).abs().max() <= (expected - truth).abs().max()  # one rounding, where torch has several
 
 
 @pytest.mark.both
@@ -408,7 +410,7 @@ X, T = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
         ((X, T), {"label_smoothing": NAN}, ValueError, r"cross_entropy: label_smoothing must lie in \[0, 1\], got nan"),
         ((X, T), {"z_loss": "1"}, TypeError, r"cross_entropy: z_loss must be a Python number, got str"),
         ((X, T), {"z_loss": INF}, ValueError, r"cross_entropy: z_loss must be finite, got inf"),
-        ((X, T), {"softcap": -1.0}, ValueError, r"cross_entropy: softcap must be 0 \(none\) or positive and finite, got -1.0"),
+        ((X, T), {"softcap": -1.0}, ValueError, r"cross_entropy: softcap must be finite and not negative, got -1.0"),
         ((X, T + 5), {}, IndexError, r"cross_entropy: target must hold classes in \[0, 4\] or ignore_index = -100, got 5"),
         ((X, T - 1), {}, IndexError, r"cross_entropy: target must hold classes in \[0, 4\] or ignore_index = -100, got -1"),
     ],
@@ -517,3 +519,28 @@ def test_logits_of_all_positions_but_the_last_are_not_copied(as_on_cuda, monkeyp
     fastattn.cross_entropy(logits[:, :-1].transpose(1, 2), target)
     assert seen[0]["x_ptr"].data_ptr() == logits.data_ptr() and seen[0]["ACCESS"] == "vector"
     assert math.prod(seen[0]["x_ptr"].shape) == 3 * 6 * 1000
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Found in review.
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("num_cols", [5, 3000])
+def test_the_lse_of_nan_is_nan(num_cols):
+    x = torch.randn(3, num_cols)
+    x[0] = float("nan")
+    x[1] = float("-inf")
+    x[1, 0] = float("nan")
+    _, lse = fastattn.cross_entropy(x, torch.zeros(3, dtype=torch.int64), return_lse=True)
+    assert lse[:2].isnan().all() and lse[2].isfinite()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_probabilities_keep_their_digits(autocast):
+    logits, target = torch.randn(4, 50000).bfloat16(), torch.full((4, 50000), 1 / 50000)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = fastattn.cross_entropy(logits, target)
+    expected = torch.nn.functional.cross_entropy(logits.double(), target.double())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)

@@ -75,12 +75,12 @@ def test_cuda_implementation_compiles_and_never_syncs(as_on_cuda, capability):
     with stub_driver(capability) as driver, no_host_sync():
         out, lse, _ = ops._attention_fwd(q, k, v, *PLAIN, *options, False)
         ops._attention_bwd(out, None, q, k, v, *PLAIN, out, lse, None, *options, False)
-    assert {launch.name for launch in driver.launches} == {
+    assert {made.name for made in driver.launches} == {
         "_attention_fwd_kernel", "_attention_bwd_delta_kernel", "_attention_bwd_dkdv_kernel", "_attention_bwd_dq_kernel",
     }  # fmt: skip
-    for launch in driver.launches:
-        assert launch.shared <= SHARED_MEMORY_LIMITS[capability]
-        assert launch.compiled.metadata.target.arch == 10 * capability[0] + capability[1]
+    for made in driver.launches:
+        assert made.shared <= SHARED_MEMORY_LIMITS[capability]
+        assert made.compiled.metadata.target.arch == 10 * capability[0] + capability[1]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -188,24 +188,47 @@ def test_a_call_of_another_kind_gets_another_variant():
             scaled(x[1:65], x[:64]), scaled(x[:64], x[1:65]), scaled(x.half()[:64], x[:64]), scaled(x[:40], x[:64]),
             scaled(x[:1], x[:64]), scaled(x[:64], x[:64], size=2**40),
         ]  # fmt: skip
-        assert len({id(launch.compiled) for launch in [first, *others]}) == 7
+        assert len({id(made.compiled) for made in [first, *others]}) == 7
         assert len(driver.launches) == 4 + len(others)
         for launch_, offset in ((others[0], 4), (others[1], 4)):
             assert launch_.args["x_ptr"].data_ptr() + launch_.args["out_ptr"].data_ptr() == 2 * x.data_ptr() + offset
 
 
-def test_a_profiler_s_hook_is_called_at_every_launch(monkeypatch):
+@pytest.mark.parametrize("hook, place", [("launch_enter_hook", 8), ("launch_exit_hook", 9)])
+def test_a_profiler_s_hook_is_called_at_every_launch(monkeypatch, hook, place):
     called = []
     x = torch.zeros(64)
     with stub_driver():
         scaled(x, x)
-        monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", called.append)
+        monkeypatch.setattr(triton.knobs.runtime, hook, called.append)
         monkeypatch.setattr(
-            "fastattn.testing.stub_driver._Recorder.__call__", lambda *args: called.append(args[8])
+            "fastattn.testing.stub_driver._Recorder.__call__", lambda *args: called.append(args[place])
         )  # its place in what Triton's launchers are given
         scaled(x, x)
         scaled(x, x)
     assert called == [called[0]] * 2 and called[0] is not None
+
+
+def test_a_variant_compiled_for_debugging_is_not_kept(monkeypatch):
+    x = torch.zeros(64)
+    with stub_driver():
+        normal = scaled(x, x).compiled
+        monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+        assert scaled(x, x).compiled is not normal
+        monkeypatch.setattr(triton.knobs.runtime, "debug", False)
+        assert scaled(x, x).compiled is normal
+
+
+@pytest.mark.parametrize("shape", [(2**31 - 1, 1), (1, 2**31 - 1)], ids=str)
+def test_more_than_32_bits_count_is_refused(shape):
+    from fastattn.kernels import softmax
+    from fastattn.kernels.rows import Rows
+
+    x = torch.empty(1, dtype=torch.float16).expand(shape)
+    with pytest.raises(ValueError, match="softmax: the input must have at most 2147352576 (rows|columns), got 2147483647"):
+        Rows(x=x).grid("softmax", 1)
+    with pytest.raises(ValueError, match="softmax: x must have dims of at most 2147352576 here, got 2147483647"):
+        softmax._launch_strided(None, 0, x=x)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -340,7 +340,7 @@ X, W, T = torch.zeros(3, 5), torch.zeros(7, 5), torch.zeros(3, dtype=torch.int64
         ((X, W, T), {"weight": torch.ones(5)}, ValueError, r"linear_cross_entropy: weight must have shape \(C,\) = \(7,\), got \(5,\)"),
         ((X, W, T), {"reduction": "avg"}, ValueError, r"linear_cross_entropy: reduction must be one of none, mean, sum, got 'avg'"),
         ((X, W, T), {"label_smoothing": 2.0}, ValueError, r"linear_cross_entropy: label_smoothing must lie in \[0, 1\], got 2.0"),
-        ((X, W, T), {"softcap": NAN}, ValueError, r"linear_cross_entropy: softcap must be 0 \(none\) or positive and finite, got nan"),
+        ((X, W, T), {"softcap": NAN}, ValueError, r"linear_cross_entropy: softcap must be finite and not negative, got nan"),
         ((X, W, T), {"chunk_size": 0}, ValueError, r"linear_cross_entropy: chunk_size must be positive, got 0"),
         ((X, W, T), {"chunk_size": 1.5}, TypeError, r"linear_cross_entropy: chunk_size must be an int or None, got float"),
     ],
@@ -452,3 +452,31 @@ def test_logits_of_an_odd_vocabulary_lie_aligned(as_on_cuda, monkeypatch):
     for args in seen:
         assert args["ACCESS"] == "edges" and args["x_ptr"].stride() == (1008, 1) and args["x_ptr"].data_ptr() % 16 == 0
     assert seen[1]["dx_ptr"] is seen[1]["x_ptr"]  # the gradient takes the logits' place
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Found in review.
+
+
+@pytest.mark.parametrize("size", [1e-6, 1 / 500, 1e5])
+def test_class_weights_of_any_size_cost_no_digits_in_half_precision(size):
+    """dlogits are rounded before the mean divides them: by then they must be of the order of 1."""
+    hidden, head, target = torch.randn(64, 32).half(), (torch.randn(500, 32) / 6).half(), torch.randint(500, (64,))
+    weight = size * (0.5 + torch.rand(500))
+    truth = hidden.double().requires_grad_()
+    torch.nn.functional.cross_entropy(truth @ head.double().t(), target, weight.double()).backward()
+    hidden.requires_grad_()
+    fastattn.linear_cross_entropy(hidden, head, target, weight=weight, chunk_size=16).backward()
+    assert (hidden.grad.double() - truth.grad).norm() < 2e-3 * truth.grad.norm()
+
+
+def test_weights_that_are_all_zero_give_what_torch_gives():
+    hidden, head, target = torch.randn(8, 4, requires_grad=True), torch.randn(10, 4), torch.randint(10, (8,))
+    loss = fastattn.linear_cross_entropy(hidden, head, target, weight=torch.zeros(10))
+    loss.backward()
+    assert loss.isnan() and hidden.grad.isnan().all()
+
+
+def test_no_hidden_size():
+    loss = fastattn.linear_cross_entropy(torch.zeros(3, 2, 0), torch.zeros(10, 0), torch.zeros(3, 2, dtype=torch.int64))
+    torch.testing.assert_close(loss, torch.tensor(10.0).log())

@@ -81,7 +81,7 @@ def test_gemma_s_norm_starts_as_the_identity_on_unit_rows():
 
 
 @pytest.mark.both
-@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1, reduction="sum"), dict(weight=torch.rand(11), ignore_index=3)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1, reduction="sum"), dict(weight=torch.linspace(0.1, 2, 11), ignore_index=3)], ids=["plain", "smoothed", "weighted"])
 def test_cross_entropy_loss(options):
     logits, target = torch.randn(9, 11), torch.arange(9) % 5
     torch.testing.assert_close(fnn.CrossEntropyLoss(**options)(logits, target), nn.CrossEntropyLoss(**options)(logits, target))
@@ -168,13 +168,49 @@ def test_rotary_tables_stay_float32_and_out_of_the_state_dict():
     assert not rotary.state_dict()
 
 
+def test_rotary_reads_all_of_transformers_rope_parameters():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    scaling = transformers.LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}).rope_parameters
+    torch.testing.assert_close(
+        fnn.RotaryEmbedding(8, scaling=scaling).cos, fnn.RotaryEmbedding(8, base=5e5, scaling={"type": "linear", "factor": 2.0}).cos
+    )
+    assert fnn.RotaryEmbedding(32, scaling={"partial_rotary_factor": 0.25}).rotary_dim == 8
+
+
+def test_dynamic_rotary_follows_each_call_s_length():
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+    rotary = fnn.RotaryEmbedding(8, max_seqlen=16, scaling=scaling)
+    q = torch.randn(4, 16, 1, 8)
+    expected, _ = rotary(q, q)
+    rotary(*[torch.randn(1, 50, 1, 8)] * 2)
+    torch.testing.assert_close(rotary(q, q)[0], expected, rtol=0, atol=0)
+    cu = torch.arange(5, dtype=torch.int32) * 16
+    packed, _ = rotary(q.flatten(0, 1), q.flatten(0, 1), cu_seqlens=cu, max_seqlen=16)
+    torch.testing.assert_close(packed, expected.flatten(0, 1), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="RotaryEmbedding: max_seqlen must be given with cu_seqlens where scaling is dynamic"):
+        rotary(q.flatten(0, 1), q.flatten(0, 1), cu_seqlens=cu)
+
+
+def test_rotary_tables_survive_meta_and_inference_mode():
+    with torch.device("meta"):
+        rotary = fnn.RotaryEmbedding(8, max_seqlen=64)
+    rotary.to_empty(device="cpu")
+    torch.testing.assert_close(rotary.cos, fnn.RotaryEmbedding(8, max_seqlen=64).cos)
+    q = torch.randn(1, 100, 1, 8)
+    with torch.inference_mode():
+        rotary(q, q)  # they grow
+    rotary(q.requires_grad_(), q)[0].sum().backward()
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [
         (dict(head_dim=16, rotary_dim=5), r"rotary_dim must be even and at most head_dim = 16, got 5"),
         (dict(head_dim=16, rotary_dim=18), r"rotary_dim must be even and at most head_dim = 16, got 18"),
         (dict(head_dim=16, scaling={"rope_type": "yarn"}), r"rope_type must be one of default, linear, ntk, dynamic, llama3, got 'yarn'"),
-        (dict(head_dim=16, scaling={"rope_type": "linear"}), r"scaling must hold 'factor'"),
+        (dict(head_dim=16, scaling={"rope_type": "linear"}), r"scaling must hold factor for rope_type 'linear', got nothing"),
+        (dict(head_dim=16, scaling={"type": "linear", "factor": 2.0, "beta": 1}), r"scaling must hold factor for .*, got beta, factor"),
+        (dict(head_dim=16, base=1e4, scaling={"rope_theta": 5e5}), r"base must be scaling's rope_theta = 500000.0 or None, got 10000.0"),
     ],
 )
 def test_rotary_bad_input(kwargs, message):
@@ -271,6 +307,7 @@ def test_attention_drops_in_training_only():
         (lambda m, x: m(x, torch.zeros(9, 4), torch.zeros(9, 4), context=x), ValueError, "cos must be None with a context"),
         (lambda m, x: m(x[0]), ValueError, r"x must have shape \(T, E\) with cu_seqlens, \(B, S, E\) without, got \(4, 16\)"),
         (lambda m, x: fnn.Attention(16, 4, 3), ValueError, "num_kv_heads must divide num_heads = 4, got 3"),
+        (lambda m, x: fnn.Attention(16, 2, window=0), ValueError, "window must be a pair or a positive int, got 0"),
         (lambda m, x: fnn.Attention(18, 4), ValueError, "hidden_size must be a multiple of num_heads = 4 where head_dim is None, got 18"),
     ],
 )

@@ -51,6 +51,8 @@ class Attention(torch.nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if isinstance(window, int) and (isinstance(window, bool) or window < 1):
+            checks.reject(_OP, "window", "be a pair or a positive int", window)
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             checks.reject(_OP, "num_kv_heads", f"divide num_heads = {num_heads}", num_kv_heads)
         if head_dim is None and hidden_size % num_heads:

@@ -438,9 +438,7 @@ def attention(
     if causal:
         window_right = 0
     checks.check_probability("attention", "dropout_p", dropout_p)
-    checks.check_number("attention", "softcap", softcap)
-    if not (softcap == 0.0 or torch.finfo(torch.float32).tiny <= softcap <= torch.finfo(torch.float32).max):
-        checks.reject("attention", "softcap", "be finite and not negative", softcap)
+    checks.check_softcap("attention", softcap)
     if softmax_scale is not None:
         checks.check_number("attention", "softmax_scale", softmax_scale)
         if not abs(softmax_scale) <= torch.finfo(torch.float32).max:

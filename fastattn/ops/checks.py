@@ -132,6 +132,13 @@ def check_number(op: str, arg: str, value: object) -> None:
         reject(op, arg, "be a Python number", type(value).__name__, TypeError)
 
 
+def check_softcap(op: str, softcap: object) -> None:
+    """0 for none, or a positive number that float32 holds, and its inverse."""
+    check_number(op, "softcap", softcap)
+    if not (softcap == 0.0 or torch.finfo(torch.float32).tiny <= softcap <= torch.finfo(torch.float32).max):
+        reject(op, "softcap", "be finite and not negative", softcap)
+
+
 def check_probability(op: str, arg: str, p: float) -> None:
     check_number(op, arg, p)
     if not 0.0 <= p < 1.0:

@@ -91,6 +91,7 @@ define(
     "float z_loss, float softcap, ScalarType dtype, bool return_lse) -> (Tensor loss, Tensor lse, Tensor divisor, Tensor numbers)",
     _cross_entropy_fwd,
     _cross_entropy_fwd_fake,
+    torch_on_cuda=True,
 )
 define(
     "cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor? divisor, Tensor input, Tensor target, Tensor? weight, Tensor numbers, "
@@ -151,14 +152,13 @@ def check_options(
     checks.integer(op, "ignore_index", ignore_index, "be an int")
     if reduction not in REDUCTIONS:
         checks.reject(op, "reduction", f"be one of {', '.join(REDUCTIONS)}", repr(reduction))
-    for arg, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("softcap", softcap)):
+    for arg, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         checks.check_number(op, arg, value)
     if not 0.0 <= label_smoothing <= 1.0:
         checks.reject(op, "label_smoothing", "lie in [0, 1]", label_smoothing)
     if not -math.inf < z_loss < math.inf:
         checks.reject(op, "z_loss", "be finite", z_loss)
-    if not 0.0 <= softcap < math.inf:
-        checks.reject(op, "softcap", "be 0 (none) or positive and finite", softcap)
+    checks.check_softcap(op, softcap)
 
 
 def check_target(op: str, target: Tensor, expected: torch.Size, letters: str, device: torch.device) -> None:
@@ -177,16 +177,16 @@ def autocasts(x: Tensor) -> bool:
 
 
 def _of_probabilities(input, target, weight, reduction, label_smoothing, z_loss, softcap, return_lse):
-    """The loss against class probabilities, from torch's own, with this op's terms around it."""
-    s = input if softcap == 0.0 else (softcap * torch.tanh(input.float() / softcap))
+    """The loss against class probabilities, from torch's own in float32, with this op's terms around it."""
+    s = input.float() if softcap == 0.0 else softcap * torch.tanh(input.float() / softcap)
     loss = torch.nn.functional.cross_entropy(
-        s, target.to(s.dtype), None if weight is None else weight.to(s.dtype), reduction=reduction, label_smoothing=label_smoothing
+        s, target.float(), None if weight is None else weight.float(), reduction=reduction, label_smoothing=label_smoothing
     )
-    lse = torch.logsumexp(s.float(), min(1, input.dim() - 1)) if z_loss or return_lse else None
+    lse = torch.logsumexp(s, min(1, input.dim() - 1)) if z_loss or return_lse else None
     if z_loss:
         penalty = z_loss * lse * lse
         loss = loss + {"none": lambda p: p, "mean": torch.mean, "sum": torch.sum}[reduction](penalty)
-    loss = loss.to(torch.float32 if autocasts(input) else input.dtype)
+    loss = loss.to(torch.float32 if autocasts(input) else torch.promote_types(input.dtype, target.dtype))
     return (loss, lse) if return_lse else loss
 
 

@@ -105,6 +105,16 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, keep: float) -> None:
         total.copy_(torch.mm(a, b))
 
 
+def _unit(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What gradients are made for, () fp32: such that a token's are of the order of 1 whatever the class weights are, as half precision
+    rounds them before a mean divides them. 1 / the mean weight of the targets that count, or 1."""
+    if weight is None:
+        return torch.ones((), dtype=torch.float32, device=target.device)
+    counts = target != ignore_index
+    weights = weight.float()[target.clamp(0, weight.shape[0] - 1)] * counts
+    return torch.where(counts.any(), counts.sum() / weights.sum(), 1.0)
+
+
 def _scaled(grad: Tensor, dloss: Tensor, divisor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """grad·dloss / divisor with one rounding; where nothing counted (divisor 0) there is no gradient."""
     scale = dloss.float()
@@ -128,14 +138,16 @@ def _linear_cross_entropy_fwd(
     rows, options = implementation(input), (ignore_index, label_smoothing, z_loss, softcap)
     grads = _Grads(input, linear_weight, wanted)
     numbers = input.new_empty(4, input.shape[0], dtype=torch.float32)
-    one = input.new_ones((), dtype=torch.float32) if any(wanted) else None
+    one = _unit(target, weight if reduction == "mean" else None, ignore_index) if any(wanted) else None
     for tokens, logits in _Chunks(input, linear_weight, linear_bias, chunk_size):
         numbers[:, tokens] = found = rows.cross_entropy_fwd(logits, target[tokens], weight, *options)
         if any(wanted):
             rows.cross_entropy_bwd(one, None, None, logits, target[tokens], weight, found, *options, out=logits)
             grads.add(tokens, logits)
-    reduced = reduce(numbers, target.shape, reduction, dtype, return_lse)
-    return *reduced, numbers, *grads.tensors
+    loss, lse, divisor = reduce(numbers, target.shape, reduction, dtype, return_lse)
+    if any(wanted) and divisor.numel():
+        divisor.mul_(one)
+    return loss, lse, divisor, numbers, *grads.tensors
 
 
 def _linear_cross_entropy_fwd_fake(
@@ -180,17 +192,20 @@ define(
     "Tensor dlinear_weight, Tensor dlinear_bias)",
     _linear_cross_entropy_fwd,
     _linear_cross_entropy_fwd_fake,
+    torch_on_cuda=True,
 )
 define(
     "linear_cross_entropy_scale(Tensor dloss, Tensor? divisor, Tensor grad, ScalarType dtype) -> Tensor",
     _linear_cross_entropy_scale,
     lambda dloss, divisor, grad, dtype: grad.new_empty(grad.shape, dtype=dtype),
+    torch_on_cuda=True,
 )
 define(
     f"linear_cross_entropy_bwd(Tensor dloss, Tensor? dlse, Tensor? divisor, {_INPUTS}, Tensor numbers, int ignore_index, {_OPTIONS}, "
     "SymInt? chunk_size, bool[] wanted) -> (Tensor dinput, Tensor dlinear_weight, Tensor dlinear_bias)",
     _linear_cross_entropy_bwd,
     _linear_cross_entropy_bwd_fake,
+    torch_on_cuda=True,
 )
 
 
@@ -236,7 +251,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         divisor = divisor if ctx.reduction == "mean" else None
         wanted = list(ctx.needs_input_grad[:3])
         dloss = numbers.new_zeros(()) if dloss is None else dloss
-        if ctx.made == wanted:
+        if any(ctx.made):
             grads = [
                 torch.ops.fastattn.linear_cross_entropy_scale(dloss, divisor, grad, input.dtype) if want else None
                 for grad, want in zip(made, wanted, strict=True)
@@ -345,7 +360,7 @@ def linear_cross_entropy(
     in_forward = torch.is_grad_enabled() and reduction != "none" and not return_lse
     wanted = [in_forward and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
     loss, lse, *_ = apply(
-        op, _LinearCrossEntropy, input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, target.reshape(-1), weight,
+        op, _LinearCrossEntropy, input.reshape(target.numel(), input.shape[-1]), linear_weight, linear_bias, target.reshape(-1), weight,
         int(ignore_index), reduction, float(label_smoothing), float(z_loss), float(softcap), dtype, bool(return_lse),
         None if chunk_size is None else int(chunk_size), wanted,
     )  # fmt: skip

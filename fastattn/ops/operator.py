@@ -19,22 +19,23 @@ from torch.autograd import forward_ad
 _library = torch.library.Library("fastattn", "FRAGMENT")
 
 
-def define(schema: str, implementation: Callable, fake: Callable) -> None:
+def define(schema: str, implementation: Callable, fake: Callable, *, torch_on_cuda: bool = False) -> None:
     """Define `fastattn::<schema>`, run by `implementation` on CPU and CUDA tensors, described by `fake` to compilers.
 
-    The fake allocates what the implementation returns: shapes, dtypes and strides.
+    The fake allocates what the implementation returns: shapes, dtypes and strides. torch_on_cuda: the implementation computes with
+    torch's own ops there too, not with kernels alone.
     """
     _library.define(schema)
     name = schema.partition("(")[0]
 
     @functools.wraps(implementation)
     def alone(*args: Any) -> Any:
-        # Of a CPU implementation's steps, autograd would record each under create_graph, and autocast round some to half precision.
+        # Of steps in torch's own ops, autograd would record each under create_graph, and autocast round some to half precision.
         with torch.no_grad(), torch._C._DisableAutocast():
             return implementation(*args)
 
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, alone, device)
+    _library.impl(name, alone, "CPU")
+    _library.impl(name, alone if torch_on_cuda else implementation, "CUDA")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
 
 

@@ -71,7 +71,7 @@ def softmax(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tenso
 
     Args:
         x: any shape and strides; float16, bfloat16 or float32 (any dtype where `dtype` is given). Any length along `dim`.
-        dim: the dim whose entries sum to 1. The last one is fastest, the others are read as they lie.
+        dim: the dim whose entries sum to 1. The last one is fastest; another one wants a contiguous x, and copies one that is not.
         dtype: x's values are cast to it first, and it is the result's; None is x's own.
 
     Returns:

@@ -2,8 +2,26 @@
 
 from fastattn.reference.attention import attention
 from fastattn.reference.cross_entropy import cross_entropy
+from fastattn.reference.glu import geglu, swiglu
 from fastattn.reference.linear_cross_entropy import linear_cross_entropy
+from fastattn.reference.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.reference.philox import philox_keep
+from fastattn.reference.rotary import apply_rotary
+from fastattn.reference.sampling import sampling_probs
 from fastattn.reference.softmax import softmax
 
-__all__ = ["attention", "cross_entropy", "linear_cross_entropy", "philox_keep", "softmax"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "apply_rotary",
+    "attention",
+    "cross_entropy",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "philox_keep",
+    "rms_norm",
+    "sampling_probs",
+    "softmax",
+    "swiglu",
+]
