@@ -184,12 +184,12 @@ def probe(row, ids_ptr, low, high, skip, row_max, scale, BLOCK: tl.constexpr, CA
         total = tl.sum(number, 0)
         if (total > 0) & (count < skip + CANDIDATES):
             place = tl.cumsum(number, 0) - number + (count - skip)
-            for turn in range(0, tl.max(number, 0)):  # noqa: B007  # of each group its lowest column, if one is left
+            for turn in range(0, tl.max(number, 0)):  # of each group its lowest column, if one is left
                 lowest = bits & -bits
                 column = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127) + offset + at + group_col
-                tl.store(ids_ptr + place, column, mask=(bits > 0) & (place >= 0) & (place < CANDIDATES))
+                nth = place + turn
+                tl.store(ids_ptr + nth, column, mask=(bits > 0) & (nth >= 0) & (nth < CANDIDATES))
                 bits -= lowest
-                place += 1
         count += total
     place = tl.cumsum(in_edge.to(tl.int32), 0) - 1 + tl.where(lane < VECTOR, 0, count - before) - skip
     tl.store(ids_ptr + place, edge_col, mask=in_edge & (place >= 0) & (place < CANDIDATES))

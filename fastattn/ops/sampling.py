@@ -153,7 +153,8 @@ def sample(
     may be the cut. Equal seeds give equal ids on one device; CPU and GPU draw differently from one distribution.
 
     The draw's seed is made on the logits' device, by the generator, and nothing waits for it: a CUDA graph that holds this call draws
-    anew at each replay. There is no gradient: the logits are detached.
+    anew at each replay. torch.compile cannot trace a generator, and inductor makes random numbers, so the seed too, in its own way.
+    There is no gradient: the logits are detached.
 
     Raises:
         TypeError: what is no tensor or number, dtypes. ValueError: shapes, devices, and numbers out of range. Values inside tensors are
