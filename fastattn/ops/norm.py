@@ -95,9 +95,11 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh, _):
         h, weight, bias, seed, stats = ctx.saved_tensors
+        if not ctx.add:
+            dh = None  # of an empty h, a compiler may have made one
+        weight_grad, bias_grad = (wanted and dy is not None for wanted in ctx.needs_input_grad[3:5])
         if dy is None:  # the new residual alone was used
             dy = torch.zeros((), dtype=ctx.dtype, device=h.device).expand(h.shape)
-        weight_grad, bias_grad = ctx.needs_input_grad[3:5]
         dx, dresidual, dweight, dbias = torch.ops.fastattn.norm_bwd(
             dy, dh, h, weight, bias, seed, stats, *ctx.options, ctx.add, ctx.dtype, weight_grad, bias_grad
         )
