@@ -485,8 +485,8 @@ def sample(
     config: RowConfig | None = None,
     candidates: int = CANDIDATES,
 ) -> torch.Tensor:
-    """Launch the kernel over logits (B, V), V ≥ 1, with the parameters as numbers or (B,) tensors; top_k of 0 or less, top_p of 1
-    and min_p of 0 keep all. seed is (1,) int64. Returns ids, (B,) int64."""
+    """Launch the kernel over logits (B, V), V from 1 to 2^22, with the parameters as numbers or (B,) tensors; a top_k of 0 or less,
+    a top_p of 1 and a min_p of 0 keep all. seed is (1,) int64. Returns ids, (B,) int64."""
     ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     _launch("sample", logits, ids, seed, temperature, top_k, top_p, min_p, config, candidates)
     return ids

@@ -14,6 +14,7 @@ from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
 from .operator import define
 
+MAX_COLUMNS = 2**22  # whose weights, in units of 2^-40, 64 bits hold the sum of
 _TINY = torch.finfo(torch.float32).tiny  # a temperature below it is 0
 
 
@@ -76,8 +77,8 @@ def _checked(op: str, logits: Tensor, temperature, top_k, top_p, min_p) -> tuple
     checks.check_dtype(op, "logits", logits)
     if logits.dim() != 2:
         checks.reject(op, "logits", "have shape (B, V)", checks.shape(logits))
-    if logits.shape[1] == 0:
-        checks.reject(op, "logits", "have at least one column", checks.shape(logits))
+    if not 1 <= logits.shape[1] <= MAX_COLUMNS:
+        checks.reject(op, "logits", f"have between 1 and {MAX_COLUMNS} columns", checks.shape(logits))
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     for arg, value in given.items():
         if isinstance(value, Tensor):
@@ -137,7 +138,7 @@ def sample(
     most likely whose probabilities reach `top_p`, but one at least; of those the ones at least `min_p` times as likely as the likeliest.
 
     Args:
-        logits: (B, V), float16, bfloat16 or float32, any strides; V ≥ 1. A token of −inf is never drawn.
+        logits: (B, V), float16, bfloat16 or float32, any strides; V from 1 to 2^22. A token of −inf is never drawn.
         temperature, top_k, top_p, min_p: each a number for all rows, or a (B,) tensor on the logits' device (top_k int32 or int64, the
             others floating point) with one a row. temperature is finite and at least 0, and 0 is argmax; a top_k of 0 or less, or of V
             or more, keeps all, and so do a top_p of 1, a min_p of 0 and None; top_p and min_p lie in [0, 1].
