@@ -115,7 +115,7 @@ def row_suite(op: str, variants: Mapping[str, Variant], presets: dict, overhead:
         result = variants[shape.function].reference(*cast)
         outs = [result] if isinstance(result, Tensor) else list(result)
         learnt = [t for t in cast if t.requires_grad]
-        upstream = [t.to(out.dtype) for t, out in zip(upstream, outs, strict=True)]
+        upstream = [t.to(out.dtype) for t, out in zip(upstream, outs)]  # none where nothing is learnt
         grads = torch.autograd.grad(outs, learnt, upstream) if learnt else ()
         names = [f"out{i}" for i in range(len(outs))] + [f"d{i}" for i, t in enumerate(cast) if t.requires_grad]
         return dict(zip(names, [*(out.detach() for out in outs), *grads], strict=True))

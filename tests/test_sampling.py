@@ -88,8 +88,8 @@ def test_search_that_needs_many_probes(num_cols, dtype, options):
 
 @pytest.mark.both
 @pytest.mark.more
-@pytest.mark.parametrize("num_cols, dtype", [(32000, F16), (50257, BF16), (128256, BF16), (300000, F32)], ids=str)
-@pytest.mark.parametrize("options", [dict(top_k=50, top_p=0.9), dict(top_p=0.9), dict(top_k=3000)], ids=name_of)
+@pytest.mark.parametrize("num_cols, dtype", [(50257, BF16), (300000, F32)], ids=str)
+@pytest.mark.parametrize("options", [dict(top_k=50, top_p=0.9), dict(top_p=0.9)], ids=name_of)
 def test_vocabularies(num_cols, options, dtype):
     logits = (3 * torch.randn(1, num_cols)).to(dtype)
     probs = check(logits, **options)
@@ -312,7 +312,7 @@ def test_random_cases():
 @pytest.mark.interpret
 @pytest.mark.more
 def test_more_random_cases_on_the_kernels():
-    check_random_cases(150)
+    check_random_cases(40)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -354,10 +354,10 @@ def test_frequencies_of_the_kernels(options):
 
 @pytest.mark.interpret
 @pytest.mark.more
-@pytest.mark.parametrize("options", DRAWS, ids=name_of)
+@pytest.mark.parametrize("options", DRAWS[::2], ids=name_of)
 def test_more_frequencies_of_the_kernels(options):
     logits = torch.randn(1, 50)
-    ids = fastattn.sample(logits.expand(500, 50), **options)
+    ids = fastattn.sample(logits.expand(200, 50), **options)
     check_frequencies(ids, fastattn.sampling_probs(logits, **options)[0])
 
 

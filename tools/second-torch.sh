@@ -51,8 +51,10 @@ print('torch', torch.__version__, 'triton', triton.__version__, 'cuda', torch.ve
 # every part and by torch.compile, and the tools that patch Triton's insides.
 pytest=("$dir/bin/python" -m pytest -q -p no:cacheprovider -n 2)
 export OMP_NUM_THREADS=1
-rows=(tests/test_{softmax,norm,rotary,glu,cross_entropy,linear_cross_entropy,sampling}.py)
-TRITON_INTERPRET=1 "${pytest[@]}" -m "(interpret or both) and not more" \
-  tests/test_testing_checker.py tests/test_attention_op_interpret.py tests/test_attention.py::test_features "${rows[@]}"
+TRITON_INTERPRET=1 "${pytest[@]}" -m "interpret and not more" \
+  tests/test_testing_checker.py tests/test_attention_op_interpret.py tests/test_attention.py::test_features
 "${pytest[@]}" -m "not interpret and not more and not gpu" \
-  tests/test_testing_stub_driver.py tests/test_testing_sass.py tests/test_launch_path.py tests/test_attention_op.py "${rows[@]}"
+  tests/test_testing_stub_driver.py tests/test_testing_sass.py tests/test_launch_path.py tests/test_attention_op.py
+rows=(tests/test_{softmax,norm,rotary,glu,cross_entropy,linear_cross_entropy,sampling}.py)
+TRITON_INTERPRET=1 "${pytest[@]}" -m "(interpret or both) and not more" -k "values or operator or order" "${rows[@]}"
+"${pytest[@]}" -m "not interpret and not more and not gpu" -k "operator or cuda or compile or values" "${rows[@]}"
