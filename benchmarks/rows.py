@@ -53,7 +53,7 @@ def row_presets(functions: Sequence[str], lengths: Sequence[int] = ROW_LENGTHS, 
         ]
 
     return {
-        ("cpu", "tiny"): shapes(5, [min(lengths) // 2, min(lengths) + 1]),
+        ("cpu", "tiny"): shapes(5, [min(lengths) // 2, min(lengths) + 2]),
         ("cpu", "quick"): shapes(1024, [n for n in lengths if n in (1024, 8192, 32768)] or lengths[:2]),
         ("cpu", "full"): shapes(1024, [n for n in lengths if n <= 65536]),
         ("cuda", "tiny"): shapes(64, lengths[:2]),
