@@ -268,13 +268,14 @@ def test_the_default_chunk():
     check(tensors, target)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("dtype, logits", [("float32", 256), pytest.param("bfloat16", 128, marks=pytest.mark.more)])
 def test_memory_is_under_a_quarter_of_a_linear_layer_and_cross_entropy(dtype, logits):
     """Peak memory beyond the inputs, forward and backward, each in its own process."""
     code = """
-import resource, sys, torch, torch.nn.functional as F, fastattn
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
+import sys, torch, torch.nn.functional as F, fastattn
+def peak():  # of this program: getrusage's counts what the process was before it became this one
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 def ours(x, w, t, **options):
     fastattn.linear_cross_entropy(x, w, t, **options).sum().backward()
 def theirs(x, w, t):
