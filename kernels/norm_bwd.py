@@ -203,10 +203,9 @@ def _norm_bwd_coefficients_kernel(
 # --------------------------------------------------------------------------------------------------------------------
 # Launcher.
 
-COEFFICIENTS = dict(BLOCK=4096, num_warps=8)  # static: 48 registers, so that 5 programs share an SM
+COEFFICIENTS = dict(BLOCK=4096, num_warps=8)  # static: 40 to 72 registers, so that 3 to 6 programs share an SM
 RESIDENT_WARPS = 16  # of a multiprocessor, at the 128 registers a thread that the tiles keep to: so many stay for many rows
 MAX_UNALIGNED = 4096  # columns of a row that is not "vector": in wider ones, edges beside sums would spill
-MAX_DROPOUT = 8192  # the same of masks beside sums
 
 
 def norm_bwd(
@@ -227,9 +226,8 @@ def norm_bwd(
     if rows.access == "edges" and (dropout_p > 0.0 or not _start_alike(rows)):
         rows.access = "scalar"  # a mask comes in fours of columns, which an edge would split
     sums_wanted = weight_grad or bias_grad
-    kernel = "layer_norm_bwd" if subtract_mean or not sums_wanted else "rms_norm_bwd"
-    most = MAX_UNALIGNED if rows.access != "vector" else MAX_DROPOUT if dropout_p > 0.0 else rows.num_cols
-    too_wide = sums_wanted and rows.num_cols > most
+    kernel = "layer_norm_bwd" if subtract_mean or dropout_p > 0.0 or not sums_wanted else "rms_norm_bwd"
+    too_wide = sums_wanted and rows.access != "vector" and rows.num_cols > MAX_UNALIGNED
     config = config or pick_row_config(kernel, LONG if too_wide else rows.num_cols, max(t.element_size() for t in tensors.values()))
     log.debug("%s: %s", kernel, config)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRETING
 from op_contract import (
     BF16,
     F16,
@@ -24,6 +23,7 @@ from op_contract import (
 
 import fastattn
 from fastattn import reference
+from fastattn.ops.dispatch import INTERPRET
 from fastattn.ops.norm import draw_seed, dropout_keep
 
 INF, NAN = float("inf"), float("nan")
@@ -60,7 +60,7 @@ def check(name, tensors, douts=None, normalized=1, **options):
 # Values and gradients.
 
 # One row of each bucket, at its top and ragged; more rows than programs stay; edges shorter than a vector.
-SHAPES = [(3, 1), (70, 8), (33, 100), (5, 3, 123), (7, 256), (3, 500), (3, 769), (3, 1000), (2, 2048), (1, 4096)]
+SHAPES = [(3, 1), (70, 8), (9, 100), (2, 3, 123), (7, 256), (3, 500), (3, 769), (3, 1000), (2, 2048), (1, 4096)]
 VALUES = [(name, shape, (F32, BF16, F16)[(i + j) % 3]) for i, shape in enumerate(SHAPES) for j, name in enumerate(NAMES)]
 
 
@@ -190,8 +190,7 @@ def test_any_upstream_layout(layout, name, num_cols):
 def test_heads_of_a_packed_projection(head_dim):
     qkv = torch.randn(2, 5, 3, 4, head_dim).to(BF16)
     weight = torch.randn(head_dim).to(BF16)
-    for at in range(2):
-        check("rms_norm", {"x": qkv[:, :, at], "weight": weight})
+    check("rms_norm", {"x": qkv[:, :, 1], "weight": weight})
     check("rms_norm", {"x": qkv.transpose(1, 3)[:, :, 1].transpose(1, 2), "weight": weight})
 
 
@@ -258,7 +257,7 @@ except ImportError:
 else:
 
     @pytest.mark.both
-    @settings(max_examples=12 if INTERPRETING else 60)
+    @settings(max_examples=6 if INTERPRET else 60)
     @given(
         name=st.sampled_from(NAMES),
         rows=st.lists(st.integers(1, 4), min_size=0, max_size=2),

@@ -37,10 +37,16 @@ def rms_norm(
 ) -> Tensor:
     """x / √(mean x² + eps) · (weight + weight_offset) over the trailing dims `normalized_shape`, in x's dtype, or with
     cast_before_weight in the one that x's and weight's promote to. eps None: that of float32."""
+    return _rms_norm(x, x.dtype, normalized_shape, weight, eps, weight_offset, cast_before_weight)
+
+
+def _rms_norm(x, dtype, normalized_shape, weight, eps, weight_offset, cast_before_weight) -> Tensor:
+    """What is rounded, before the weight or after it, is rounded to `dtype`."""
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     y = x * torch.rsqrt(x.square().mean(_normalised_dims(normalized_shape), keepdim=True) + eps)
+    y = y.to(dtype) if cast_before_weight else y
     y = y if weight is None else y * (weight + weight_offset)
-    return y if cast_before_weight else y.to(x.dtype)
+    return y if cast_before_weight else y.to(dtype)
 
 
 def _add(x: Tensor, residual: Tensor, dropout_p: float, dropout_keep: Tensor | None) -> Tensor:
@@ -79,6 +85,4 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(h), h) with h = residual + dropout(x), where `dropout_keep` (x's shape, True = kept) is the mask."""
     h = _add(x, residual, dropout_p, dropout_keep)
-    options = dict(weight_offset=weight_offset, cast_before_weight=cast_before_weight)
-    y = rms_norm(h, normalized_shape, weight, eps, **options)
-    return (y if cast_before_weight else y.to(x.dtype)), h
+    return _rms_norm(h, x.dtype, normalized_shape, weight, eps, weight_offset, cast_before_weight), h
