@@ -203,7 +203,7 @@ def _norm_bwd_coefficients_kernel(
 # --------------------------------------------------------------------------------------------------------------------
 # Launcher.
 
-COEFFICIENTS = dict(BLOCK=4096, num_warps=8)  # static: 40 to 72 registers, so that 3 to 6 programs share an SM
+COEFFICIENTS = dict(BLOCK=2048, num_warps=8)  # static: 32 to 48 registers, so that 5 programs or more share an SM
 RESIDENT_WARPS = 16  # of a multiprocessor, at the 128 registers a thread that the tiles keep to: so many stay for many rows
 MAX_UNALIGNED = 4096  # columns of a row that is not "vector": in wider ones, edges beside sums would spill
 

@@ -127,7 +127,7 @@ def _sources(launcher: str) -> tuple[str, ...]:
         scope = vars(inspect.getmodule(plain))
         for name in sorted(names):
             value = scope.get(name)
-            if isinstance(value, (int, float, str, list, triton.language.constexpr)):
+            if isinstance(value, (int, float, str, list, dict, triton.language.constexpr)):
                 found.append(f"{name} = {value}")
             elif str(getattr(value, "__module__", "")).startswith("fastattn.kernels"):
                 pending.append(value)
