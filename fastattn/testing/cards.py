@@ -110,6 +110,11 @@ def _code(source: str) -> tuple[str, set[str]]:
     return text, {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
+def _is_table(name: str, value: Any) -> bool:
+    """Whether a dict is a constant: what is filled as calls come is in lower case."""
+    return isinstance(value, dict) and name.isupper()
+
+
 @functools.cache
 def _sources(launcher: str) -> tuple[str, ...]:
     """The code of a launcher and of everything in fastattn.kernels it leads to, and of what calls it and reads the cards."""
@@ -127,7 +132,7 @@ def _sources(launcher: str) -> tuple[str, ...]:
         scope = vars(inspect.getmodule(plain))
         for name in sorted(names):
             value = scope.get(name)
-            if isinstance(value, (int, float, str, list, dict, triton.language.constexpr)):
+            if isinstance(value, (int, float, str, list, triton.language.constexpr)) or _is_table(name, value):
                 found.append(f"{name} = {value}")
             elif str(getattr(value, "__module__", "")).startswith("fastattn.kernels"):
                 pending.append(value)
