@@ -28,7 +28,7 @@ STRIDES = ["stride_xo", "stride_xi", "stride_residualo", "stride_residuali", "st
 
 
 @triton.jit
-def load_weight(weight_ptr, col, mask, weight_offset, CAST_BEFORE_WEIGHT: tl.constexpr, POLICY: tl.constexpr = "evict_last"):
+def load_weight(weight_ptr, col, mask, weight_offset, CAST_BEFORE_WEIGHT: tl.constexpr, POLICY: tl.constexpr):
     """weight + weight_offset: in fp32, or, where the normalised value was rounded before it, rounded too."""
     weight = tl.load(weight_ptr + col, mask=mask, other=0.0, eviction_policy=POLICY).to(tl.float32) + weight_offset
     if CAST_BEFORE_WEIGHT:
@@ -69,13 +69,13 @@ def store_scaled(
     if CAST_BEFORE_WEIGHT:
         y = cast(y, X_DTYPE).to(tl.float32)
     if weight_ptr is not None:
-        y *= load_weight(weight_ptr, col, in_cols, weight_offset, CAST_BEFORE_WEIGHT)
+        y *= load_weight(weight_ptr, col, in_cols, weight_offset, CAST_BEFORE_WEIGHT, "evict_last")
     if bias_ptr is not None:
         y += tl.load(bias_ptr + col, mask=in_cols, other=0.0, eviction_policy="evict_last").to(tl.float32)
     tl.store(y_ptr + y_at, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES, "dropout_threshold"])
 def _norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, h_ptr, stats_ptr, num_rows, inner, num_cols, stride_xo,
     stride_xi, stride_residualo, stride_residuali, stride_yo, stride_yi, eps, weight_offset, dropout_threshold, dropout_scale,
@@ -133,7 +133,7 @@ def _norm_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES, "dropout_threshold"])
 def _norm_fwd_long_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, h_ptr, stats_ptr, num_rows, inner, num_cols, stride_xo,
     stride_xi, stride_residualo, stride_residuali, stride_yo, stride_yi, eps, weight_offset, dropout_threshold, dropout_scale,

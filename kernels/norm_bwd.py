@@ -62,7 +62,7 @@ def store_gradients(dh_ptr, dresidual_ptr, dx_ptr, dh_at, dx_at, mask, gradient,
         tl.store(dx_ptr + dx_at, cast(gradient, dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "num_blocks", *STRIDES])
+@triton.jit(do_not_specialize=[*SIZES, "num_blocks", *STRIDES, "dropout_threshold"])
 def _norm_bwd_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, seed_ptr, stats_ptr, coefficients_ptr, dresidual_ptr, dx_ptr, dweight_ptr, dbias_ptr, num_rows,
     inner, num_cols, num_blocks, stride_dyo, stride_dyi, stride_dho, stride_dhi, stride_ho, stride_hi, stride_dxo, stride_dxi,

@@ -631,7 +631,7 @@ def test_long_rows_launch_path(as_on_cuda):
     assert names == ["_norm_fwd_long_kernel", "_norm_bwd_coefficients_kernel", "_norm_bwd_kernel"]
 
 
-def test_row_counts_choose_no_variant(as_on_cuda):
+def test_neither_row_counts_nor_probabilities_choose_a_variant(as_on_cuda):
     from fastattn.kernels.norm import _norm_fwd_kernel
     from fastattn.kernels.norm_bwd import _norm_bwd_kernel
     from fastattn.testing.stub_driver import compiled_variants, stub_driver
@@ -643,3 +643,8 @@ def test_row_counts_choose_no_variant(as_on_cuda):
             y, _, stats = as_on_cuda._norm_fwd(x, None, x[0], x[0], None, 1e-5 * num_rows, *options, BF16)
             as_on_cuda._norm_bwd(y, None, x, x[0], x[0], None, stats, *options, False, BF16, True, True)
         assert compiled_variants(_norm_fwd_kernel) == 1 and compiled_variants(_norm_bwd_kernel) == 1
+        seed = torch.zeros(1, dtype=torch.int64)
+        for dropout_p in (0.1, 0.25, 0.5):
+            _, h, _ = as_on_cuda._norm_fwd(x, x, None, None, seed, 1e-5, dropout_p, *options[1:], BF16)
+            as_on_cuda._norm_bwd(x, None, h, None, None, seed, stats, dropout_p, *options[1:], True, BF16, False, False)
+        assert compiled_variants(_norm_fwd_kernel) == 2 and compiled_variants(_norm_bwd_kernel) == 2
