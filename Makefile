@@ -32,11 +32,12 @@ help:
 setup: $(VENV)/.setup
 setup-hf: $(VENV)/.setup-hf
 
-# torch comes first: PyPI's Linux build brings the Triton it requires, a CPU build brings none and then takes 3.9.
+# torch comes first: PyPI's Linux build brings the Triton it requires, a CPU build brings none and then takes 3.9. A changed source in
+# csrc/ is compiled again; where there is no compiler, the install goes without.
 # Where venv has no pip of its own (Debian without python3-venv), the pip that runs outside installs one.
-$(VENV)/.setup: constraints.txt pyproject.toml setup.py
+$(VENV)/.setup: constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; }
-	$(PIP_INSTALL) torch setuptools wheel
+	$(PIP_INSTALL) torch setuptools wheel pybind11
 	$(PY) -c "import triton" 2>/dev/null || $(PIP_INSTALL) "triton==3.9.0; platform_system == 'Linux'"
 	$(PIP_INSTALL) --no-build-isolation -e ".[bench,test]"
 	touch $@
@@ -84,5 +85,5 @@ dump: $(VENV)/.setup
 	$(PY) -m fastattn dump $(OP)
 
 clean:
-	rm -rf $(VENV) .venv-second-torch build dist dump *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-second-torch build dist dump fastattn/*.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

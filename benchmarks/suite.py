@@ -22,7 +22,10 @@ from .provenance import checkout, provenance
 from .timing import Clock, Measurement, Work, describe_error, free_memory, host_microseconds, measure_ceilings
 from .verification import check, relative_error
 
-OPS = ("attention", "softmax", "norm", "rotary", "glu", "cross_entropy", "linear_cross_entropy", "sampling")
+OPS = (
+    "attention", "softmax", "norm", "rotary", "glu", "cross_entropy", "linear_cross_entropy", "sampling",
+    "merge_attention", "append_paged_kv", "paged_attention",
+)  # fmt: skip
 OURS, PASSES = report.OURS, tuple(report.TITLES)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEER_TOLERANCE = 2e-2  # ‖error‖ / ‖truth‖: far above any dtype's rounding, far below a wrong mask

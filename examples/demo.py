@@ -30,6 +30,13 @@ TEXT = (
     "it has accumulated whenever a larger score turns up. The result is the same up to rounding, and the memory grows only linearly."
 )
 PROMPT = "Explain in three sentences why the sky is blue."
+QUESTIONS = (
+    PROMPT,
+    "What is 2 + 2?",
+    "Write two lines of verse about the sea.",
+    "Which is the largest planet of the solar system, and what is it made of? Answer in one sentence.",
+    "List three things that float on water.",
+)
 
 
 def find_gguf() -> Path:
@@ -59,20 +66,50 @@ def logits_of(model, implementation: str, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens).logits
 
 
+def chat(tokenizer, prompt: str) -> list[int]:
+    """The tokens of a chat that asks one thing."""
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
 @torch.no_grad()
 def generate(model, tokenizer, implementation: str, prompt: str, new_tokens: int) -> tuple[str, float]:
     """Greedy text for a chat prompt, and tokens per second, prefill included."""
     model.set_attn_implementation(implementation)
-    chat = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    inputs = inputs.to(model.device)
-    options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    model.generate(**inputs, max_new_tokens=2, **options)  # warm-up
+    row = torch.tensor([chat(tokenizer, prompt)], device=model.device)
+    options = {"attention_mask": torch.ones_like(row), "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    model.generate(row, max_new_tokens=2, **options)  # warm-up
     start = time.perf_counter()
-    tokens = model.generate(**inputs, max_new_tokens=new_tokens, **options)[0, inputs["input_ids"].shape[1] :]
+    tokens = model.generate(row, max_new_tokens=new_tokens, **options)[0, row.shape[1] :]
     count = len(tokens)
     text = tokenizer.decode(tokens, skip_special_tokens=True)  # reads the tokens, so the device is done
     return text, count / (time.perf_counter() - start)
+
+
+def serve(model, tokenizer, new_tokens: int) -> bool:
+    """Answer all QUESTIONS, at most three at a time; whether each answer is, token for token, what transformers generates alone."""
+    from fastattn.integrations import serving
+
+    prompts = [chat(tokenizer, question) for question in QUESTIONS]
+    cache = serving.cache_for(model, 100)
+    start = time.perf_counter()
+    answers = dict(serving.stream(model, prompts, max_new_tokens=new_tokens, max_sequences=3, cache=cache))
+    seconds, count = time.perf_counter() - start, sum(map(len, answers.values()))
+    print(f"\n{len(prompts)} prompts through a paged cache, three at a time: {count / seconds:.1f} tokens/s, greedy")
+    model.set_attn_implementation("eager")
+    same = 0
+    for index, prompt in enumerate(prompts):
+        row = torch.tensor([prompt], device=model.device)
+        options = {"attention_mask": torch.ones_like(row), "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+        alone = model.generate(row, max_new_tokens=new_tokens, **options)[0, len(prompt) :].tolist()
+        same += alone == answers[index]
+        print(f"  > {QUESTIONS[index]}\n    {tokenizer.decode(answers[index], skip_special_tokens=True).strip()!r}")
+    print(f"token for token what transformers generates: {same} of {len(prompts)}")
+
+    options = {"temperature": 0.8, "top_p": 0.9, "generator": torch.Generator(model.device).manual_seed(0)}
+    (answer,) = serving.generate(model, prompts[2:3], max_new_tokens=new_tokens, cache=cache, **options)
+    print(f"and one sampled at temperature 0.8, top-p 0.9: {tokenizer.decode(answer, skip_special_tokens=True).strip()!r}")
+    return same == len(prompts)
 
 
 def main() -> int:
@@ -109,6 +146,9 @@ def main() -> int:
     print(f"\n{texts['fastattn'].strip()}")
     same = [name for name in IMPLEMENTATIONS if texts[name] == texts["fastattn"]]
     print(f"\nthe same text from: {', '.join(same)}")
+    if not serve(model, tokenizer, options.tokens):
+        print("FAILED: greedy answers through the paged cache must be transformers' own", file=sys.stderr)
+        return 1
     return 0
 
 

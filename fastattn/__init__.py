@@ -33,11 +33,15 @@ def _find_checkout_packages() -> None:
 _find_checkout_packages()
 
 from . import flash_attn, nn, reference  # noqa: E402  (the checkout's packages must be found first)
+from .kv_cache import PagedKVCache  # noqa: E402
+from .ops.append_paged_kv import append_paged_kv  # noqa: E402
 from .ops.attention import attention  # noqa: E402
 from .ops.cross_entropy import cross_entropy  # noqa: E402
 from .ops.glu import geglu, swiglu  # noqa: E402
 from .ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
+from .ops.merge_attention import merge_attention  # noqa: E402
 from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm  # noqa: E402
+from .ops.paged_attention import cascade_attention, paged_attention  # noqa: E402
 from .ops.rotary import apply_rotary  # noqa: E402
 from .ops.sampling import sample, sampling_probs  # noqa: E402
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention  # noqa: E402
@@ -45,16 +49,21 @@ from .ops.softmax import softmax  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "PagedKVCache",
     "add_layer_norm",
     "add_rms_norm",
+    "append_paged_kv",
     "apply_rotary",
     "attention",
+    "cascade_attention",
     "cross_entropy",
     "flash_attn",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
+    "merge_attention",
     "nn",
+    "paged_attention",
     "reference",
     "rms_norm",
     "sample",

@@ -71,12 +71,14 @@ def _info(options: argparse.Namespace) -> int:
     from fastattn.benchmarks.bench_attention import peers
     from fastattn.benchmarks.provenance import PACKAGES, commit, device_details, version
     from fastattn.ops.dispatch import INTERPRET
+    from fastattn.page_pool import COMPILED
 
     lines = [
         ("fastattn", f"{fastattn.__version__}, commit {commit() or 'unknown'}"),
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__}, {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU only'}"),
         *((name, version(name) or "absent") for name in PACKAGES),
+        ("page pool", "C++" if COMPILED else "Python (no compiler, or no pybind11, when it was installed)"),
         ("extension", "built" if importlib.util.find_spec("fastattn._C") else "not built (Triton and torch code only)"),
     ]
     details = device_details(torch.device("cpu"))

@@ -222,12 +222,6 @@ def test_packed_variants_return_s_dmask():
 # Refusals
 
 
-def test_block_table_is_refused_by_name():
-    tensors, lengths = packed()
-    with pytest.raises(NotImplementedError, match="flash_attn_varlen_func: block_table must be None .* got Tensor"):
-        flash_attn.flash_attn_varlen_func(*tensors, *lengths, block_table=torch.zeros(1, 1, dtype=torch.int32))
-
-
 @pytest.mark.parametrize(
     ("name", "tensors", "error", "message"),
     [

@@ -22,15 +22,19 @@ ALLOWED = {
     "fastattn.cpu": {"torch"},
     "fastattn.ops": {"torch", "fastattn.kernels", "fastattn.cpu", "fastattn.reference.philox"},
     "fastattn.flash_attn": {"torch", "fastattn.ops", "fastattn.reference"},
-    "fastattn.nn": {"torch", "fastattn.ops", "fastattn.reference"},
-    "fastattn.integrations": {"torch", "transformers", "fastattn.ops", "fastattn.nn"},
+    "fastattn.nn": {"torch", "fastattn.ops", "fastattn.reference", "fastattn.kv_cache"},
+    "fastattn.page_pool": {"fastattn._page_pool"},
+    "fastattn.kv_cache": {"torch", "fastattn.ops", "fastattn.page_pool"},
+    "fastattn.integrations": {"torch", "transformers", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool"},
 }
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:
-    """Every module of a package: (import name, file)."""
+    """Every module of a package, or the one module: (import name, file)."""
     folders = {name: folder for folder, name in BESIDE.items()}
     folder = ROOT / folders.get(package, package.replace(".", "/"))
+    if not folder.is_dir():
+        yield package, folder.with_suffix(".py")
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
         yield ".".join((package, *parts)).removesuffix(".__init__"), path
@@ -75,8 +79,11 @@ def test_a_package_imports_downward_only(package):
 
 def test_every_package_has_a_rule():
     packages = {f"fastattn.{path.parent.name}" for path in (ROOT / "fastattn").glob("*/__init__.py")}
-    # Tools for tests and benchmarks stand beside the layers: nothing below imports them, which the rules above hold.
-    assert packages - {"fastattn.testing"} | {"fastattn.kernels"} == set(ALLOWED)
+    packages |= {f"fastattn.{path.stem}" for path in (ROOT / "fastattn").glob("*.py")}
+    # Tools for tests and benchmarks stand beside the layers, and the command above them: nothing below imports them, which the rules
+    # above hold.
+    beside = {"fastattn.testing", "fastattn.__init__", "fastattn.__main__", "fastattn.cli"}
+    assert packages - beside | {"fastattn.kernels"} == set(ALLOWED)
 
 
 def test_kernels_know_no_autograd_library_or_environment():

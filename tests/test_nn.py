@@ -275,6 +275,49 @@ def test_attention_module_on_packed_sequences_and_contexts():
     torch.testing.assert_close(module(y, causal=False), naive_attention(module, y, causal=False), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.both
+@pytest.mark.parametrize("options", [dict(num_kv_heads=2), dict(qk_norm=True, window=5), dict(sinks=True, softcap=5.0)], ids=str)
+@pytest.mark.parametrize("rotated", [False, True], ids=["", "rotary"])
+def test_attention_module_decodes_through_a_cache(options, rotated):
+    """Prompts of different lengths packed, then one token each, then two: what the uncached call says of the same rows."""
+    torch.manual_seed(3)
+    modules = [fnn.Attention(64, 4, **options) for _ in range(2)]
+    kv_heads = modules[0].num_kv_heads
+    cache = fastattn.PagedKVCache(2, 30, 4, kv_heads, 16, dtype=torch.float32, device="cpu")
+    rotary = fnn.RotaryEmbedding(16)
+    tables = (rotary.cos, rotary.sin) if rotated else ()
+    sequences = [torch.randn(length + 3, 64) for length in (9, 5)]
+    expected = [[module(x[None], *tables)[0] for x in sequences] for module in modules]
+    ids = [cache.allocate() for _ in sequences]
+    done = [0, 0]
+    with torch.no_grad():
+        for new in ((9, 5), (1, 1), (2, 2)):
+            cache.step(ids, new)
+            rows = [x[at : at + n] for x, at, n in zip(sequences, done, new)]
+            x = torch.cat(rows) if new[0] != new[1] else torch.stack(rows)
+            for layer, module in enumerate(modules):
+                got = module(x, *tables, cache=cache, layer_idx=layer)
+                wanted = [e[at : at + n] for e, at, n in zip(expected[layer], done, new)]
+                torch.testing.assert_close(got.flatten(0, -2), torch.cat(wanted), rtol=1e-4, atol=1e-5)
+            done = [at + n for at, n in zip(done, new)]
+
+
+def test_attention_module_takes_each_token_s_own_table_with_a_cache():
+    module, rotary = fnn.Attention(64, 4, 2), fnn.RotaryEmbedding(16)
+    cache = fastattn.PagedKVCache(1, 30, 4, 2, 16, dtype=torch.float32, device="cpu")
+    x, ids = torch.randn(2, 6, 64), [cache.allocate(), cache.allocate()]
+    expected = module(x, rotary.cos, rotary.sin)
+    got = []
+    with torch.no_grad():
+        for at in (slice(0, 4), slice(4, 6)):
+            cache.step(ids, at.stop - at.start)
+            of_tokens = (table[at].expand(2, -1, -1) for table in (rotary.cos, rotary.sin))
+            got.append(module(x[:, at], *of_tokens, cache=cache))
+    torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"PagedKVCache.append: k must have shape \(4, H, D\), or \(2, 2, H, D\) in this step"):
+        module(x, rotary.cos, rotary.sin, cache=cache)
+
+
 def test_attention_loads_llama_s_layer():
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
@@ -302,7 +345,10 @@ def test_attention_drops_in_training_only():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda m, x: m(x, cache=object()), NotImplementedError, "cache must be None until there is a paged cache, got object"),
+        (lambda m, x: m(x, cache=object(), context=x), ValueError, "context must be None with a cache, got a tensor"),
+        (lambda m, x: m(x, cache=object(), cu_seqlens=x), ValueError, "cu_seqlens must be None with a cache, got a tensor"),
+        (lambda m, x: m(x, cache=object(), causal=False), ValueError, "causal must be True with a cache, got False"),
+        (lambda m, x: fnn.Attention(16, 2, dropout_p=0.5)(x, cache=object()), ValueError, "dropout_p must be 0 with a cache, or the module in evaluation, got 0.5"),
         (lambda m, x: m(x, torch.zeros(4, 4)), ValueError, "cos and sin must be given together, got only cos"),
         (lambda m, x: m(x, torch.zeros(9, 4), torch.zeros(9, 4), context=x), ValueError, "cos must be None with a context"),
         (lambda m, x: m(x[0]), ValueError, r"x must have shape \(T, E\) with cu_seqlens, \(B, S, E\) without, got \(4, 16\)"),

@@ -1,4 +1,5 @@
-"""Every way of installing gives the same import names, in the checkout and outside; the hub's `kernels` stays itself.
+"""Every way of installing gives the same import names, in the checkout and outside, with the page pool compiled where that can be; the
+hub's `kernels` stays itself.
 
 An environment here is a virtual environment without pip that sees this process's site-packages through a path file:
 torch need not be installed again, and an editable installation of fastattn that this process may run on is not seen.
@@ -19,28 +20,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SOURCE = (".git", ".venv*", "build", "dist", "dump", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+NOT_SOURCE = (".git", ".venv*", "build", "dist", "dump", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "*.so")
 
 # Stands for Hugging Face's package: what matters is whose `kernels` is found.
 HUB_KERNELS = "MARK = 'the hub package'\n"
 
 REPORT_IMPORTS = """
-import os, fastattn, fastattn.kernels, fastattn.benchmarks, fastattn.cli
+import os, fastattn, fastattn.kernels, fastattn.benchmarks, fastattn.cli, fastattn.page_pool
 import fastattn.ops.attention, fastattn.flash_attn.bert_padding, fastattn.integrations
 from fastattn.kernels import tiles
 for module in (fastattn, fastattn.kernels, fastattn.benchmarks):
     print(module.__name__, os.path.realpath(module.__file__), sep="=")
+compiled = fastattn.page_pool.compiled
+print("fastattn._page_pool", compiled and os.path.realpath(compiled.__file__), sep="=")
 import kernels
 assert kernels.MARK == "the hub package", kernels.__file__
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, stderr: bool = False, **variables: str) -> str:
+    """The standard output of a command that succeeds, and its standard error too if asked for."""
     argv = [str(part) for part in command]
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET")}
-    done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(argv, cwd=cwd, env=env | variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{' '.join(argv)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return done.stdout + done.stderr if stderr else done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +86,34 @@ def pip_install(python: Path, *what: str | Path, cwd: Path) -> None:
 
 
 def origins(python: Path, cwd: Path) -> dict[str, Path]:
-    """Import everything in a fresh process; where the three packages came from."""
-    return {
-        name: Path(origin).parent
-        for name, _, origin in (line.partition("=") for line in run(python, "-c", REPORT_IMPORTS, cwd=cwd).splitlines())
-    }
+    """Import everything in a fresh process; which folder each package came from, and the compiled page pool if there was one."""
+    lines = [line.partition("=") for line in run(python, "-c", REPORT_IMPORTS, cwd=cwd).splitlines()]
+    return {name: Path(origin).parent for name, _, origin in lines if origin != "None"}
 
 
-def in_place(checkout: Path) -> dict[str, Path]:
-    return {
+def in_place(checkout: Path, compiled: bool = False) -> dict[str, Path]:
+    packages = {
         "fastattn": checkout / "fastattn",
         "fastattn.kernels": checkout / "kernels",
         "fastattn.benchmarks": checkout / "benchmarks",
     }
+    return packages | ({"fastattn._page_pool": checkout / "fastattn"} if compiled else {})
+
+
+def need_compiler() -> None:
+    pytest.importorskip("pybind11", reason="needs pybind11")
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++17 compiler")
+
+
+def check_tag(wheel: Path) -> None:
+    """A module for one Python makes a wheel for that Python: tagged otherwise, it would be installed where it cannot be imported."""
+    *_, python, abi, platform = wheel.stem.split("-")
+    with zipfile.ZipFile(wheel) as archive:
+        modules = [Path(name).name for name in archive.namelist() if name.endswith((".so", ".pyd"))]
+    pythons = {module.split(".")[1].split("-")[1] for module in modules if "cpython-" in module}
+    assert not pythons or (python, abi) == ("cp" + min(pythons),) * 2, f"{wheel.name} holds {modules}"
+    assert (platform == "any") == (not modules), f"{wheel.name} holds {modules}"
 
 
 def sources(folder: str) -> set[str]:
@@ -113,11 +132,52 @@ def test_wheel_holds_every_module_under_its_import_name(archives):
     }
 
 
+def test_wheel_is_tagged_for_the_python_of_its_page_pool(archives):
+    need_compiler()
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{tag}-{tag}-" in archives["wheel"].name
+    with zipfile.ZipFile(archives["wheel"]) as wheel:
+        assert [name for name in wheel.namelist() if name.endswith(".so")] == [
+            f"fastattn/_page_pool{sysconfig.get_config_var('EXT_SUFFIX')}"
+        ]
+    check_tag(archives["wheel"])
+
+
+@pytest.mark.parametrize("tag", ["cp310-abi3-linux_x86_64", "cp312-cp312-linux_x86_64", "py3-none-any"])
+def test_a_wheel_for_other_pythons_than_its_page_pools_is_refused(tag, tmp_path):
+    wheel = tmp_path / f"fastattn-0.1.0-{tag}.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("fastattn/_page_pool.cpython-311-x86_64-linux-gnu.so", b"")
+    with pytest.raises(AssertionError, match="holds"):
+        check_tag(wheel)
+
+
+WITHOUT = {
+    "pybind11": ("sys.modules['pybind11'] = None", {}, "pybind11 is not installed"),
+    "compiler": ("", {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}, "there is no C++17 compiler with Python's headers"),
+}
+
+
+@pytest.mark.parametrize("missing", WITHOUT)
+def test_wheel_without_the_compiled_page_pool_is_pure(missing, checkout, tmp_path):
+    if missing == "compiler":
+        pytest.importorskip("pybind11", reason="needs pybind11")
+    before, variables, reason = WITHOUT[missing]
+    build = f"import sys; {before}\nimport setuptools.build_meta as build; build.build_wheel({str(tmp_path)!r})"
+    output = run(sys.executable, "-c", build, cwd=checkout, stderr=True, **variables)
+    assert f"fastattn: left out the compiled page pool, for which the Python one stands in: {reason}\n" in output
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    check_tag(wheel)
+    shutil.rmtree(checkout / "build")
+
+
 def test_sdist_holds_what_a_build_and_a_test_run_need(archives):
     with tarfile.open(archives["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     folders = ("fastattn", "kernels", "benchmarks", "tests", "examples")
     wanted = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "constraints.txt", "csrc/README.md"}
+    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.?pp")}
     assert wanted.union(*map(sources, folders)) <= names
 
 
@@ -166,6 +226,7 @@ def test_checkout_without_an_installation(environment, checkout):
 @pytest.mark.more
 @pytest.mark.parametrize("mode", ["normal", "wheel", "sdist"])
 def test_installed(mode, environment, checkout, archives, tmp_path):
+    need_compiler()
     pip_install(environment, checkout if mode == "normal" else archives[mode], cwd=tmp_path)
     outside = origins(environment, tmp_path)
     installed = outside["fastattn"]
@@ -174,6 +235,7 @@ def test_installed(mode, environment, checkout, archives, tmp_path):
         "fastattn": installed,
         "fastattn.kernels": installed / "kernels",
         "fastattn.benchmarks": installed / "benchmarks",
+        "fastattn._page_pool": installed,
     }
     # The root of a checkout on sys.path wins over the installation, and must do so as a whole.
     assert origins(environment, checkout) == in_place(checkout)
@@ -184,11 +246,15 @@ def test_installed(mode, environment, checkout, archives, tmp_path):
 @pytest.mark.more
 @pytest.mark.parametrize("mode", ["default", "compat", "strict"])
 def test_editable(mode, environment, checkout, tmp_path):
+    need_compiler()
     settings = () if mode == "default" else ("--config-settings", f"editable_mode={mode}")
     pip_install(environment, *settings, "-e", checkout, cwd=tmp_path)
-    assert origins(environment, checkout) == in_place(checkout)
-    if mode == "strict":  # outside, a folder of links to the files
-        assert origins(environment, tmp_path)["fastattn.kernels"].name == "kernels"
+    assert origins(environment, checkout) == in_place(checkout, compiled=True)
+    outside = origins(environment, tmp_path)
+    if mode == "strict":  # outside, a folder of links to the files, and of what was built
+        assert outside["fastattn.kernels"].name == "kernels" and "fastattn._page_pool" in outside
     else:
-        assert origins(environment, tmp_path) == in_place(checkout)
+        assert outside == in_place(checkout, compiled=True)
     shutil.rmtree(checkout / "build", ignore_errors=True)
+    for built in (checkout / "fastattn").glob("*.so"):
+        built.unlink()

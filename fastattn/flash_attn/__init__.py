@@ -1,4 +1,4 @@
-"""flash-attn 2.8's six attention functions on fastattn's kernels: the same names, arguments and argument order.
+"""flash-attn 2.8's attention functions on fastattn's kernels: the same names, arguments and argument order.
 
     from fastattn.flash_attn import flash_attn_func          # was: from flash_attn import flash_attn_func
 
@@ -30,8 +30,10 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.ops import checks
 from fastattn.ops.attention import attention, draw_seed, dropout_keep
+from fastattn.ops.paged_attention import paged_attention
 
 from . import bert_padding
+from .kv_cache import flash_attn_with_kvcache
 
 __all__ = [
     "bert_padding",
@@ -41,6 +43,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 
@@ -129,16 +132,19 @@ def flash_attn_varlen_func(
 
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starting at 0; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
     max_seqlen_q, max_seqlen_k: upper bounds of the lengths. Other options: see the module.
-
-    Raises: NotImplementedError for block_table: there is no paged KV cache yet.
+    block_table: (B, max_blocks) int32; k and v are then caches (num_blocks, block_size, H_kv, D) and (…, D_v) of any block_size, sequence b
+        has cu_seqlens_k[b + 1] − cu_seqlens_k[b] keys, there is no dropout, and a backward raises (`fastattn.paged_attention`).
     """
-    if block_table is not None:
-        raise NotImplementedError(
-            "flash_attn_varlen_func: block_table must be None (there is no paged KV cache yet), "
-            f"got {type(block_table).__name__}"
-        )
     for arg, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         checks.check_tensor("flash_attn_varlen_func", arg, cu_seqlens)
+    if block_table is not None:
+        if dropout_p:
+            checks.reject("flash_attn_varlen_func", "dropout_p", "be 0 with block_table", dropout_p)
+        out, lse = paged_attention(
+            q, k, v, block_table, cu_seqlens_k.diff(), cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, causal=causal,
+            window=window_size, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=True,
+        )  # fmt: skip
+        return (out, lse, None) if return_attn_probs else out
     options = {
         "causal": causal,
         "window": window_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from fastattn.ops.attention import attention
 from fastattn.ops.rotary import apply_rotary
 
 from .norm import RMSNorm
+
+if TYPE_CHECKING:
+    from fastattn.kv_cache import PagedKVCache
 
 _OP = "Attention"
 
@@ -80,10 +83,10 @@ class Attention(torch.nn.Module):
         causal: bool = True,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        cache: Any = None,
+        cache: PagedKVCache | None = None,
         layer_idx: int = 0,
     ) -> Tensor:
-        """Attend from x to itself, or to a context.
+        """Attend from x to itself, to a context, or to a cache.
 
         Args:
             x: (B, S, E), or packed (T, E) with cu_seqlens.
@@ -91,27 +94,31 @@ class Attention(torch.nn.Module):
             context: (B, S_k, E), attended to in x's place, all of it: causal, window and rotary embedding are for x alone.
             causal: a token sees itself and those before it.
             cu_seqlens, max_seqlen: (B + 1,) int32 and the longest length of packed sequences.
-            cache, layer_idx: for the paged cache, which does not exist yet.
+            cache, layer_idx: attend to all that the cache holds of layer `layer_idx`, once it has x's keys and values too. x is the tokens
+                of the cache's current step: (B, S, E) where each sequence has S of them, or packed (T, E). (S_max, R/2) tables are read
+                at the step's positions. There is no gradient.
 
         Returns: x's shape.
 
-        Raises: NotImplementedError with a cache; ValueError for arguments that do not go together.
+        Raises: ValueError for arguments that do not go together.
         """
-        if cache is not None:
-            raise NotImplementedError(f"{_OP}: cache must be None until there is a paged cache, got {type(cache).__name__}")
         if (cos is None) != (sin is None):
             checks.reject(_OP, "cos and sin", "be given together", f"only {'sin' if cos is None else 'cos'}")
         for arg, value in (("cos", cos), ("cu_seqlens", cu_seqlens)):
             if context is not None and value is not None:
                 checks.reject(_OP, arg, "be None with a context", "a tensor")
+        if cache is not None:
+            self._check_cached(context, cu_seqlens, causal)
         rank = 2 if cu_seqlens is not None else 3
-        if x.dim() != rank:
+        if x.dim() != rank and not (cache is not None and x.dim() == 2):
             checks.reject(_OP, "x", "have shape (T, E) with cu_seqlens, (B, S, E) without", tuple(x.shape))
         keys = x if context is None else context
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k, v = (proj(keys).unflatten(-1, (self.num_kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None:
+            return self.o_proj(self._attend_cached(q, k, v, cos, sin, cache, layer_idx).flatten(-2))
         if cos is not None:
             q, k = apply_rotary(q, k, cos, sin, cu_seqlens=cu_seqlens)
         alone = context is None
@@ -121,6 +128,28 @@ class Attention(torch.nn.Module):
             max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
         )  # fmt: skip
         return self.o_proj(out.flatten(-2))
+
+    def _check_cached(self, context: Tensor | None, cu_seqlens: Tensor | None, causal: bool) -> None:
+        for arg, value in (("context", context), ("cu_seqlens", cu_seqlens)):
+            if value is not None:
+                checks.reject(_OP, arg, "be None with a cache", "a tensor")
+        if not causal:
+            checks.reject(_OP, "causal", "be True with a cache", causal)
+        if self.training and self.dropout_p > 0.0:
+            checks.reject(_OP, "dropout_p", "be 0 with a cache, or the module in evaluation", self.dropout_p)
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, cache: PagedKVCache, layer_idx: int
+    ) -> Tensor:
+        of_positions = {}
+        if cos is not None and cos.dim() == 2:  # k is rotated on its way into the cache
+            if cache.current is not None and cache.current.slots.numel() == q.shape[:-2].numel():  # if not, append says so
+                q, _ = apply_rotary(q, q[..., :0, :], cos, sin, positions=cache.current.positions.view(q.shape[:-2]))
+            of_positions = {"cos": cos, "sin": sin}
+        elif cos is not None:
+            q, k = apply_rotary(q, k, cos, sin)
+        cache.append(layer_idx, k, v, **of_positions)
+        return cache.attend(layer_idx, q, window=self.window, softcap=self.softcap, sinks=self.sinks)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}"

@@ -110,7 +110,7 @@ define(
 )
 
 
-def _visible_pairs(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> int:
+def visible_pairs(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> int:
     """How many (query, key) pairs a window leaves, summed over rows; the exact count, not S_q·S_k/2."""
     shift = seqlen_k - seqlen_q
 
@@ -135,7 +135,7 @@ def _flops(q, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, r
         lengths = [(max_seqlen_q, max_seqlen_k)] * (cu_seqlens_q.shape[0] - 1)
     else:
         lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
-    pairs = q.shape[-2] * sum(_visible_pairs(*both, left, right) for both in lengths)
+    pairs = q.shape[-2] * sum(visible_pairs(*both, left, right) for both in lengths)
     return 2 * pairs * q.shape[-1], 2 * pairs * v.shape[-1]
 
 

@@ -161,3 +161,26 @@ def dimension(op: str, arg: str, dim: object, rank: int) -> int:
 def autocasts_to_float32(value: torch.Tensor) -> bool:
     """Whether torch's autocast would run softmax, norms and losses of this tensor in float32: it does so on CUDA alone."""
     return value.is_cuda and torch.is_autocast_enabled("cuda")
+
+
+def check_int32(op: str, arg: str, value: torch.Tensor, dims: Sequence[int | None], letters: str, q: torch.Tensor) -> None:
+    """An int32 tensor of that shape, None for any size, on q's device."""
+    check_tensor(op, arg, value)
+    if value.dtype != torch.int32:
+        reject(op, arg, "be an int32 tensor", value.dtype, TypeError)
+    check_like(op, arg, value, q, dtype=False)
+    if value.dim() != len(dims) or any(dim not in (None, size) for dim, size in zip(dims, value.shape, strict=True)):
+        reject(op, arg, f"have shape {letters}", shape(value))
+
+
+def check_per_head(
+    op: str, arg: str, value: torch.Tensor | None, allowed: Sequence[tuple[int, ...]], letters: str, q: torch.Tensor
+) -> None:
+    """None, or a float tensor of one of these shapes on q's device."""
+    if value is None:
+        return
+    check_tensor(op, arg, value)
+    check_float(op, arg, value)
+    check_like(op, arg, value, q, dtype=False)
+    if shape(value) not in allowed:
+        reject(op, arg, f"have shape {letters}", shape(value))

@@ -124,7 +124,7 @@ def _sources(launcher: str) -> tuple[str, ...]:
     while pending:
         item = pending.pop()
         plain = getattr(item, "fn", item)  # what @triton.jit wraps
-        if id(plain) in seen or plain.__name__ in ("pick_config", "pick_row_config"):  # the row's own tile is hashed
+        if id(plain) in seen or plain.__name__ in ("pick_config", "pick_row_config", "pick_paged_config"):  # the row's own tile is hashed
             continue
         seen.add(id(plain))
         text, names = _code(inspect.getsource(plain))

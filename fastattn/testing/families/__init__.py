@@ -13,7 +13,10 @@ from ..stub_driver import SHARED_MEMORY_LIMITS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-OPS = ("attention", "cross_entropy", "glu", "norm", "rotary", "sampling", "softmax")
+OPS = (
+    "append_paged_kv", "attention", "cross_entropy", "glu", "merge_attention", "norm", "paged_attention",
+    "rotary", "sampling", "softmax",
+)  # fmt: skip
 PARTS = {"sm80": (8, 0), "sm90": (9, 0), "sm100": (10, 0), "sm120": (12, 0)}
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
 

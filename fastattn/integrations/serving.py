@@ -1,0 +1,185 @@
+"""Serve many sequences at once with a Hugging Face model: continuous batching over one paged cache.
+
+    from fastattn.integrations import serving
+    answers = serving.generate(model, prompts, max_new_tokens=64)     # lists of token ids, of any lengths
+
+No model code is patched and no transformers cache is used: the model is called on one packed row of all sequences' new tokens, and
+each attention layer appends its keys and values to a `PagedKVCache` and attends through it. The cache travels as a keyword argument,
+which transformers' models hand down to their attention function.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from fastattn.kv_cache import PagedKVCache
+from fastattn.ops.sampling import sample
+from fastattn.page_pool import OutOfPages
+
+NAME = "fastattn_paged"
+
+
+def register() -> None:
+    """Make "fastattn_paged" a value of `attn_implementation`, for forwards that are given `kv_cache=`. `generate` does so itself."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # the cache knows what there is to see
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    kv_cache: PagedKVCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One attention layer over the cache's current step: query (1, H, T, D), key and value (1, H_kv, T, D) of its T new tokens, rotated
+    already. Returns (1, T, H, D), and None in place of the weights.
+
+    Raises: ValueError without a kv_cache.
+    """
+    if kv_cache is None:
+        raise ValueError(f"{NAME}: the model must be called with kv_cache=, a PagedKVCache whose step has been taken")
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    kv_cache.append(module.layer_idx, k, v)
+    window = (None if sliding_window is None else sliding_window - 1, None)
+    out = kv_cache.attend(
+        module.layer_idx, q, window=window, softmax_scale=scaling, softcap=softcap or 0.0, sinks=s_aux
+    )
+    return out.unsqueeze(0), None
+
+
+def cache_for(model: nn.Module, num_pages: int, page_size: int = 16, *, dtype: torch.dtype | None = None) -> PagedKVCache:
+    """A cache of a model's layers, heads and head dim, on its device and, unless told otherwise, in its dtype."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return PagedKVCache(
+        config.num_hidden_layers, num_pages, page_size, kv_heads, head_dim, dtype=dtype or model.dtype, device=model.device
+    )  # fmt: skip
+
+
+@dataclass
+class _Sequence:
+    """One prompt and its answer so far; `id` is the cache's, while the sequence is in it."""
+
+    index: int
+    tokens: list[int]
+    prompt_length: int
+    id: int = -1
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+
+def stream(
+    model: nn.Module,
+    prompts: Iterable[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    cache: PagedKVCache | None = None,
+    max_sequences: int = 64,
+    chunk: int = 512,
+    stop: int | Iterable[int] | None = None,
+    temperature: float = 0.0,
+    **sampling: Any,
+) -> Iterator[tuple[int, list[int]]]:
+    """(index, answer) of each prompt, as it ends: sequences join when there is room, and leave when they are done.
+
+    Args:
+        model: a causal language model of transformers.
+        prompts: token ids, one sequence or more; read as they are needed.
+        max_new_tokens: how long an answer gets; one that reaches a `stop` token (by default the model's own) ends with it.
+        cache: of `cache_for`, where one is to be kept: prompts that begin alike then share their pages from call to call. By default one
+            with room for `max_sequences` prompts and answers as long as the longest.
+        max_sequences: how many run at once, at most. chunk: how many tokens of a prompt are computed in one step, at most.
+        temperature: 0 is greedy; it and `sampling` (top_k, top_p, min_p, generator) are `fastattn.sample`'s.
+
+    A sequence for which the cache has no page left gives way to those before it, and starts again when they are done.
+
+    Raises: OutOfPages where a sequence does not fit the cache alone. ValueError for an empty prompt.
+    """
+    if cache is None:
+        prompts = list(prompts)
+        pages = max((-(-(len(prompt) + max_new_tokens) // 16) for prompt in prompts), default=1)
+        cache = cache_for(model, pages * min(len(prompts), max_sequences) or 1)
+    if stop is None:
+        stop = getattr(model, "generation_config", model.config).eos_token_id
+    stop = set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+    waiting: deque[_Sequence] = deque()
+    more = iter(enumerate(prompts))
+    running: list[_Sequence] = []
+    before = model.config._attn_implementation
+    register()
+    model.set_attn_implementation(NAME)
+    try:
+        while True:
+            while len(running) < max_sequences:
+                if not waiting:
+                    if (found := next(more, None)) is None:
+                        break
+                    if len(found[1]) == 0:
+                        raise ValueError(f"stream: prompts must hold at least one token each, prompt {found[0]} has none")
+                    waiting.append(_Sequence(found[0], [int(token) for token in found[1]], len(found[1])))
+                sequence = waiting.popleft()
+                sequence.id = cache.allocate(sequence.tokens)
+                running.append(sequence)
+            if not running:
+                return
+            logits = _forward(model, cache, running, waiting, chunk)
+            tokens = sample(logits, temperature=temperature, **sampling).tolist()
+            for sequence, token in zip(list(running), tokens, strict=True):
+                if cache.length(sequence.id) < len(sequence.tokens):
+                    continue  # the prompt has further chunks
+                sequence.tokens.append(token)
+                if token in stop or len(sequence.answer) == max_new_tokens:
+                    running.remove(sequence)
+                    cache.commit()
+                    cache.free(sequence.id)
+                    yield sequence.index, sequence.answer
+    finally:
+        for sequence in running:
+            cache.free(sequence.id)
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, cache: PagedKVCache, running: list[_Sequence], waiting: deque[_Sequence], chunk: int) -> Tensor:
+    """Logits (B, V) after the last of the new tokens of each running sequence. Takes those that find no pages off, to wait."""
+    while True:
+        new = [sequence.tokens[cache.length(sequence.id) :][:chunk] for sequence in running]
+        try:
+            step = cache.step([sequence.id for sequence in running], [len(t) for t in new], [t for tokens in new for t in tokens])
+            break
+        except OutOfPages:
+            if len(running) == 1:
+                raise
+            sequence = running.pop()
+            cache.free(sequence.id)
+            waiting.appendleft(sequence)
+    row = torch.tensor([[t for tokens in new for t in tokens]], device=model.device)
+    return model(
+        input_ids=row, position_ids=step.positions[None].long(), use_cache=False, logits_to_keep=step.cu_seqlens_q[1:].long() - 1,
+        kv_cache=cache,
+    ).logits[0]  # fmt: skip
+
+
+def generate(model: nn.Module, prompts: Iterable[Sequence[int]], **options: Any) -> list[list[int]]:
+    """The answer to each prompt, as token ids, in the prompts' order. Options: `stream`'s."""
+    answers = dict(stream(model, prompts, **options))
+    return [answers[index] for index in range(len(answers))]
