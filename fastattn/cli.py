@@ -149,6 +149,7 @@ def _warmup(options: argparse.Namespace) -> int:
         return 0
     for dtype in (torch.bfloat16, torch.float16):
         works = {f"attention D{d}": functools.partial(_warm_attention, device, dtype, d) for d in (64, 128)}
+        works |= {f"decoding D{d}": functools.partial(_warm_decoding, device, dtype, d) for d in (64, 128)}
         works |= {f"rows of {n}": functools.partial(_warm_rows, device, dtype, n) for n in options.hidden_size}
         works |= {f"logits of {n}": functools.partial(_warm_logits, device, dtype, n) for n in options.vocab_size}
         for name, work in works.items():
@@ -175,6 +176,20 @@ def _warm_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         fastattn.attention(q, k, v, causal=causal, **lengths).sum().backward()
     rotary = fastattn.nn.RotaryEmbedding(head_dim, device=device)
     sum(t.sum() for t in rotary(*(torch.randn_like(t).requires_grad_() for t in (q[None], k[None])))).backward()
+
+
+def _warm_decoding(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    import fastattn
+
+    rotary = fastattn.nn.RotaryEmbedding(head_dim, device=device)
+    for page_size, group, new in itertools.product((16, 64), (1, 4, 8), (1, 64)):
+        cache = fastattn.PagedKVCache(1, 64, page_size, 4, head_dim, dtype=dtype, device=device)
+        cache.step([cache.allocate(), cache.allocate()], new)
+        for shape in ((2, new), (2 * new,)):
+            k, v = torch.randn(2, *shape, 4, head_dim, device=device, dtype=dtype)
+            cache.append(0, k, v, cos=rotary.cos, sin=rotary.sin)
+            for num_splits in (1, 2):
+                cache.attend(0, torch.randn(*shape, 4 * group, head_dim, device=device, dtype=dtype), num_splits=num_splits)
 
 
 def _warm_rows(device: torch.device, dtype: torch.dtype, num_cols: int) -> None:

@@ -8,6 +8,7 @@ makes of it (no spills, registers, shared memory; the kernel cards), not yet tim
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from .tiles import HEAD_DIM_BUCKETS, part_of
@@ -81,6 +82,7 @@ def pick_paged_config(
 MIN_BLOCKS_PER_SPLIT = 4  # below that the ramp of a split's loop, and its share of the merge, cost more than it saves
 
 
+@functools.cache
 def pick_splits(programs: int, slots: int, max_blocks: int) -> int:
     """How many ways to split the keys of each of `programs` tiles, none longer than `max_blocks` key blocks, on a part that has room for
     `slots` programs at a time.

@@ -83,7 +83,7 @@ def test_warmup_has_nothing_to_do_on_a_cpu(capsys):
 
 def test_what_warmup_calls_is_there():
     """Its calls are for a GPU; their arguments are good anywhere."""
-    for work, size in ((cli._warm_attention, 16), (cli._warm_rows, 24), (cli._warm_logits, 70)):
+    for work, size in ((cli._warm_attention, 16), (cli._warm_decoding, 16), (cli._warm_rows, 24), (cli._warm_logits, 70)):
         work(torch.device("cpu"), torch.float32, size)
 
 

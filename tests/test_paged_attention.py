@@ -471,6 +471,39 @@ def test_cuda_variants_are_few(page_size):
     assert len(variants) <= 2
 
 
+def test_the_host_s_time_is_reported(capsys, monkeypatch):
+    """Of a decode step, in launches of an empty kernel with six arguments. A figure to watch: only a compilation a call would fail it."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    import statistics
+    import time
+
+    import triton
+
+    from fastattn.testing.stub_driver import stub_driver
+
+    @triton.jit
+    def empty(a, b, c, d, e, f):
+        pass
+
+    def microseconds(call):
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e6)
+        return statistics.median(times)
+
+    q, cache = torch.randn(64, 1, 32, 128, dtype=BF16), torch.randn(2, 64, 8, 128, dtype=BF16)
+    table, lengths = torch.zeros(64, 128, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    with stub_driver((9, 0)):
+        launch = microseconds(lambda: empty[(1,)](q, cache, table, 1, 2, 3))
+        steps = {n: microseconds(lambda n=n: cuda((q, cache, cache, table, lengths, *[None] * 6, 1, None, 0, 0.1, 0.0, n))) for n in (1, 4)}
+    with capsys.disabled():
+        for n, step in steps.items():
+            print(f"\npaged_attention, {n} splits: {step:.0f} µs of host time, {step / launch:.1f} launches of an empty kernel", end="")
+    assert max(steps.values()) < 50 * launch
+
+
 def test_a_contiguous_cache_of_any_length_is_one_variant():
     def calls():
         for length in (1, 17, 64, 100, 4096):

@@ -1,4 +1,4 @@
-"""Appending to a paged cache and merging attention on a real GPU: values at GPU sizes, and what only a GPU can show: graphs, syncs, determinism.
+"""The ops of the paged cache on a real GPU: values at GPU sizes, and what only a GPU can show: graphs, syncs, determinism.
 
 The cases run on CPU tensors at small sizes too, so that what is written here is known to be sound before a GPU sees it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_contract import check_op, run, upstream
+from paged_cases import FEATURES, VALUES, Case, check
 
 import fastattn
 from fastattn import reference
@@ -185,3 +186,83 @@ def test_pages_beyond_two_to_the_31_elements():
     for b, page in enumerate((9999, 9000)):
         expected = (args["k"][b].float() / args["k_scale"][:, None]).round().clamp(-128, 127)
         assert torch.equal(args["k_cache"][page, 3:6].float(), expected)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attending.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*VALUES, *FEATURES], ids=str)
+def test_attention_values(case):
+    check(case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("num_splits", [0, 1, 7])
+def test_attention_values_at_size(cache_dtype, page_size, num_splits):
+    common = dict(page_size=page_size, H=32, H_kv=8, D=128, D_v=128, dtype=BF16, cache=cache_dtype, options=dict(num_splits=num_splits))
+    check(Case((8192, 1, 5000, 0, 333), **common), "cuda")
+    check(Case((3000, 900), S_q=4, **common), "cuda")
+    check(Case((2000, 1500, 700), packed=(1, 1000, 700), **common), "cuda")
+
+
+def decoding(batch=8, longest=2000, page_size=64):
+    """(q, k_cache, v_cache, page_table, seqlens_k) on the GPU."""
+    entries = -(-longest // page_size)
+    caches = torch.randn(2, batch * entries, page_size, 4, 128, device="cuda", dtype=BF16)
+    table = torch.randperm(batch * entries, device="cuda").view(batch, entries).int()
+    return torch.randn(batch, 1, 16, 128, device="cuda", dtype=BF16), *caches, table, torch.full((batch,), longest, device="cuda").int()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [0, 1, 5])
+def test_a_graph_attends_to_the_lengths_of_its_replay(num_splits):
+    *arguments, lengths = decoding()
+    fastattn.paged_attention(*arguments, lengths, num_splits=num_splits)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            out, lse = fastattn.paged_attention(*arguments, lengths, num_splits=num_splits, return_lse=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(5):
+        lengths.copy_(torch.randint(0, 2001, lengths.shape))
+        graph.replay()
+        plain = fastattn.paged_attention(*arguments, lengths, num_splits=num_splits, return_lse=True)
+        assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
+
+
+@pytest.mark.gpu
+def test_a_fixed_split_gives_the_same_bits_in_any_company():
+    q, k_cache, v_cache, table, lengths = decoding()
+    lengths.copy_(torch.randint(1, 2001, lengths.shape))
+    together = fastattn.paged_attention(q, k_cache, v_cache, table, lengths, num_splits=4)
+    for b in range(8):
+        row = slice(b, b + 1)
+        assert torch.equal(fastattn.paged_attention(q[row], k_cache, v_cache, table[row], lengths[row], num_splits=4), together[row])
+
+
+@pytest.mark.gpu
+def test_hostile_tables_and_lengths_read_nothing_outside():
+    q, k_cache, v_cache, table, lengths = decoding()
+    for t in (table, lengths):
+        t.copy_(torch.randint(-(2**31), 2**31 - 1, t.shape))
+    out, lse = fastattn.paged_attention(q, k_cache, v_cache, table, lengths, return_lse=True)
+    torch.cuda.synchronize()
+    assert out.isfinite().all() and not lse.isnan().any()
+
+
+@pytest.mark.gpu
+def test_serving_a_model_gives_the_cpu_s_tokens():
+    pytest.importorskip("transformers", reason="needs transformers")
+    from test_serving import prompts
+    from test_transformers import tiny
+
+    from fastattn.integrations import serving
+
+    expected = serving.generate(tiny("llama"), prompts(), max_new_tokens=8, stop=())
+    assert serving.generate(tiny("llama").cuda(), prompts(), max_new_tokens=8, stop=(), max_sequences=3) == expected
