@@ -8,10 +8,9 @@ with the compiled one is tagged for one Python version, never abi3.
 
 import os
 import sys
-import sysconfig
 import tempfile
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Distribution, Extension, find_packages, setup
 
 BESIDE = {"fastattn.kernels": "kernels", "fastattn.benchmarks": "benchmarks"}
 
@@ -19,6 +18,7 @@ PROBE = """
 #include <Python.h>
 #include <optional>
 std::optional<int> found = PY_VERSION_HEX;
+PyMODINIT_FUNC PyInit_probe() { return nullptr; }
 """
 
 
@@ -28,14 +28,16 @@ def page_pool() -> list[Extension]:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
         return without_page_pool("pybind11 is not installed")
+    # No -march: a wheel runs on other machines than the one that built it.
+    options = {"cxx_std": 17, "extra_compile_args": ["-O3", "-DNDEBUG"]}
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "probe.cpp")
+        with open(source, "w") as file:
+            file.write(PROBE)
+        if not builds(Pybind11Extension("probe", [source], **options), folder):
+            return without_page_pool("there is no C++17 compiler with Python's headers, or it cannot link")
     sources = ["csrc/page_pool/bindings.cpp", "csrc/page_pool/page_pool.cpp"]
-    flags = ["-O3", "-DNDEBUG"]  # no -march: a wheel runs on other machines than the one that built it
-    extension = Pybind11Extension(
-        "fastattn._page_pool", sources, depends=["csrc/page_pool/page_pool.hpp"], cxx_std=17, extra_compile_args=flags
-    )
-    if not compiles(PROBE, extension.extra_compile_args):
-        return without_page_pool("there is no C++17 compiler with Python's headers")
-    return [extension]
+    return [Pybind11Extension("fastattn._page_pool", sources, depends=["csrc/page_pool/page_pool.hpp"], **options)]
 
 
 def without_page_pool(why: str) -> list[Extension]:
@@ -43,22 +45,19 @@ def without_page_pool(why: str) -> list[Extension]:
     return []
 
 
-def compiles(code: str, flags: list[str]) -> bool:
-    from distutils.ccompiler import new_compiler  # setuptools' own copy
-    from distutils.errors import CCompilerError, DistutilsPlatformError
-    from distutils.sysconfig import customize_compiler
+def builds(extension: Extension, folder: str) -> bool:
+    """Whether an extension compiles and links, the way that setuptools builds them."""
+    from distutils.errors import CCompilerError, DistutilsPlatformError  # setuptools' own copy
 
-    with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "probe.cpp")
-        with open(source, "w") as file:
-            file.write(code)
-        try:
-            compiler = new_compiler()
-            customize_compiler(compiler)
-            include = [sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
-            compiler.compile([source], output_dir=folder, include_dirs=include, extra_postargs=flags)
-        except (CCompilerError, DistutilsPlatformError):
-            return False
+    from setuptools.command.build_ext import build_ext
+
+    command = build_ext(Distribution({"ext_modules": [extension]}))
+    command.build_temp = command.build_lib = folder
+    try:
+        command.ensure_finalized()
+        command.run()
+    except (CCompilerError, DistutilsPlatformError):
+        return False
     return True
 
 

@@ -149,8 +149,12 @@ def build_uncascaded(shape: Shape) -> Forward:
     return lambda *inputs: fastattn.paged_attention(*inputs[:5], **_scales(inputs[5:]))
 
 
+def build_naive(shape: Shape) -> Forward:
+    return lambda *inputs: fastattn.reference.paged_attention(*inputs[:5], **_scales(inputs[5:]))
+
+
 def build_gather(shape: Shape) -> Forward:
-    """What one writes first: all keys and values of all sequences side by side, then torch's SDPA."""
+    """What one writes without a kernel: all keys and values of all sequences side by side, then torch's SDPA."""
 
     def forward(q, k_cache, v_cache, table, lengths, *scales):
         k, v = (  # of one-byte dtypes, not every one can be indexed
@@ -239,7 +243,12 @@ def build_varlen(shape: Shape) -> Forward:
     return forward
 
 
-ON_CPU: dict[str, Builder] = {OURS: build_fastattn, "one by one": build_uncascaded, "gather + SDPA": build_gather}
+ON_CPU: dict[str, Builder] = {
+    OURS: build_fastattn,
+    "naive": build_naive,
+    "torch": build_gather,
+    "one by one": build_uncascaded,
+}
 ON_CUDA: dict[str, Builder] = {
     **ON_CPU,
     "FlashInfer": build_flashinfer,

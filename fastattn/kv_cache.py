@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from .ops import checks
 from .ops.append_paged_kv import append_paged_kv
 from .ops.paged_attention import paged_attention
-from .page_pool import PagePool, PoolStep, integer
+from .page_pool import PagePool, PoolStep, integer, integers
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn)
 ARRAYS = ("page_table", "cache_seqlens", "seqlens_k", "cu_seqlens_q", "slots", "positions")
@@ -50,7 +51,8 @@ class PagedKVCache:
 
     Attributes:
         k_cache, v_cache: a list of tensors, one a layer: (num_pages, page_size, num_kv_heads, head_dim), values with head_dim_v.
-        current: the last `Step`, None before the first. pool: the `fastattn.page_pool.PagePool`.
+        current: the `Step` that `append` and `attend` work on. None before the first, once `commit` or a further `step` has ended it, and
+            where it no longer holds, since a sequence of its was freed, truncated or extended. pool: the `fastattn.page_pool.PagePool`.
 
     A serving loop:
         >>> cache = PagedKVCache(32, 1000, 16, 8, 128, dtype=torch.bfloat16, device="cuda")
@@ -65,6 +67,7 @@ class PagedKVCache:
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name. fastattn.page_pool.OutOfPages: too few free pages; nothing was taken.
+        Whatever `step` and `extend` raise, every sequence is as it was, and the call can be made again. A cache is not to be copied.
     """
 
     def __init__(
@@ -99,7 +102,13 @@ class PagedKVCache:
         self.dtype, self.device = dtype, self.k_cache[0].device
         self.k_scale, self.v_scale = self._checked_scale("k_scale", k_scale), self._checked_scale("v_scale", v_scale)
         self.current: Step | None = None
+        self._batch: set[int] = set()  # ids of the last step
+        self._unwritten: set[int] = set()  # layers that lack the last step's tokens
+        self._copies: list[tuple[int, int]] = []  # pages that are still to be copied
         self._mirror = _Mirror(self.pool, self.device)
+
+    def __reduce__(self) -> str:
+        raise TypeError("a PagedKVCache cannot be copied or pickled")
 
     def _checked_scale(self, name: str, scale: Tensor | None) -> Tensor | None:
         if scale is None:
@@ -139,6 +148,7 @@ class PagedKVCache:
     def free(self, id: int) -> None:
         """End a sequence. Its full pages keep their contents for later sequences with the same prefix until their room is needed."""
         self.pool.free(id)
+        self._outdate(id)
 
     def fork(self, id: int) -> int:
         """A new sequence with the same tokens, on the same pages until one of the two writes into a shared one."""
@@ -147,15 +157,31 @@ class PagedKVCache:
     def truncate(self, id: int, length: int) -> None:
         """Forget a sequence's tokens from `length` on."""
         self.pool.truncate(id, length)
+        self._outdate(id)
 
     def commit(self) -> None:
-        """Say that every layer holds the keys and values of all tokens so far, so that their full pages can be shared. `step` does so
-        itself for the steps before; what is left is a sequence that is freed right after its last one."""
-        self.pool.commit()
+        """Say that every layer holds the keys and values of all tokens so far, so that their full pages can be shared. This ends the step.
 
-    def extend(self, id: int, new: int | Iterable[int]) -> None:
-        """Make room for new tokens of one sequence, by their ids or their number, without a step."""
-        self._copy_pages(self.pool.extend(id, new))
+        The next `step` does so itself if every layer's `append` has been called. To be called, then, before a `free` of pages that are
+        worth keeping, and by whoever writes without `append`: with `fastattn.append_paged_kv` itself, or by replaying a CUDA graph.
+        """
+        self._unwritten.clear()
+        self._end_step()
+
+    def extend(self, id: int, new: int) -> None:
+        """Make room for a number of new tokens of one sequence without a step. Nothing says what they are, or when they are written:
+        after them a sequence's pages are shared no more."""
+        new = integer("PagedKVCache.extend", "new", new)
+        self._copy_pages()
+        self._copies += self.pool.extend(id, new)
+        self._outdate(id)
+        if self._copies:  # of pages that the current step, too, may be about to write
+            self.current = None
+        try:
+            self._copy_pages()
+        except BaseException:
+            self.pool.truncate(id, self.pool.length(id) - new)
+            raise
 
     def step(self, ids: Iterable[int], new: int | Iterable[int] = 1, tokens: Iterable[int] | None = None) -> Step:
         """Make room for the new tokens of a batch, and say where everything is.
@@ -165,22 +191,54 @@ class PagedKVCache:
             new: new tokens of each sequence, or one number for all; 0 is allowed.
             tokens: (T,) their ids, one sequence's after another's. After a token without one a sequence's pages are shared no more.
 
-        Calling it says that the steps before have been computed (see `commit`). Pages that a fork shares and this step writes into are
-        copied first, in every layer. Raises OutOfPages where there are too few; every sequence is then as it was.
+        Calling it ends the step before: what that appended is shared from here on if every layer's `append` was called for it, or `commit`,
+        and never if not (a forward pass that raised). Pages that a fork shares and this step writes into are copied first, in every
+        layer. Where it raises, OutOfPages for one, every sequence is as it was.
         """
+        ids = integers("PagePool.step", "ids", ids)
+        self._end_step()
+        self._copy_pages()
         made = self.pool.step(ids, new, tokens)
-        self._copy_pages(made.copies)
-        self.current = self._mirror.update(made)
+        self._copies += made.copies
+        try:
+            self._copy_pages()
+            self.current = self._mirror.update(made)
+        except BaseException:
+            self._take_back(ids)
+            raise
+        self._batch = set(ids)
+        self._unwritten = set(range(self.num_layers)) if made.total_q else set()
         return self.current
 
-    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
-        if not copies:
+    def _end_step(self) -> None:
+        if self._unwritten:
+            self.pool.abandon()
+        else:
+            self.pool.commit()
+        self._unwritten.clear()
+        self.current = None
+
+    def _outdate(self, id: int) -> None:
+        """The current step's slots are no longer this sequence's, and may be another's soon."""
+        if operator.index(id) in self._batch:
+            self.current = None
+
+    def _take_back(self, ids: list[int]) -> None:
+        """Undo the pool's step."""
+        lengths = torch.frombuffer(self.pool.cache_seqlens, dtype=torch.int32).tolist()
+        for id, length in zip(ids, lengths):
+            self.pool.truncate(id, length)
+
+    def _copy_pages(self) -> None:
+        """Copy the pages that are to be. Where that raises they stay to be copied, before any page is taken anew."""
+        if not self._copies:
             return
         with torch.inference_mode(False), torch.no_grad():
-            sources, targets = _to_device(torch.tensor(copies).T.contiguous(), self.device)
+            sources, targets = _to_device(torch.tensor(self._copies).T.contiguous(), self.device)
             for cache in (*self.k_cache, *self.v_cache):
                 content = cache.view(torch.uint8)  # not every device copies float8 by index
                 content[targets] = content[sources]  # all are read before one is written
+        self._copies = []
 
     # The ops on the current step
 
@@ -196,24 +254,27 @@ class PagedKVCache:
     ) -> None:
         """Write the current step's keys and values of one layer: packed (T, H_kv, D), or (B, S, H_kv, D) where every sequence got S tokens.
         `fastattn.append_paged_kv` says what cos and sin do."""
-        step, cu_seqlens = self._step_for("append", "k", k)
+        step, cu_seqlens = self._step_for("append", layer_idx, "k", k)
         append_paged_kv(
             k, v, self.k_cache[layer_idx], self.v_cache[layer_idx], step.page_table, step.cache_seqlens, cu_seqlens=cu_seqlens,
             cos=cos, sin=sin, interleaved=interleaved, **self._scales(layer_idx),
         )  # fmt: skip
+        self._unwritten.discard(layer_idx)
 
     def attend(self, layer_idx: int, q: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of the current step's queries to everything cached in one layer: packed (T, H, D), or (B, S, H, D) where every sequence
         got S tokens. `options` are those of `fastattn.paged_attention`, whose result it returns."""
-        step, cu_seqlens_q = self._step_for("attend", "q", q)
+        step, cu_seqlens_q = self._step_for("attend", layer_idx, "q", q)
         max_seqlen_q = None if cu_seqlens_q is None else step.max_seqlen_q
         return paged_attention(
             q, self.k_cache[layer_idx], self.v_cache[layer_idx], step.page_table, step.seqlens_k, cu_seqlens_q=cu_seqlens_q,
             max_seqlen_q=max_seqlen_q, **self._scales(layer_idx), **options,
         )  # fmt: skip
 
-    def _step_for(self, op: str, name: str, tensor: Tensor) -> tuple[Step, Tensor | None]:
+    def _step_for(self, op: str, layer_idx: int, name: str, tensor: Tensor) -> tuple[Step, Tensor | None]:
         """The current step, and cu_seqlens if the tensor is packed."""
+        if not 0 <= integer(f"PagedKVCache.{op}", "layer_idx", layer_idx) < self.num_layers:
+            checks.reject(f"PagedKVCache.{op}", "layer_idx", f"be between 0 and {self.num_layers - 1}", layer_idx)
         if self.current is None:
             raise RuntimeError(f"PagedKVCache.{op}: there is no current step: call step first")
         step, shape = self.current, checks.shape(tensor)
@@ -239,12 +300,14 @@ class _Mirror:
         self._sources: dict[str, Any] = {}  # the pool's arrays, each of which it replaces when it is too small
         self._host: dict[str, Tensor] = {}  # the same memory
         self._tensors: dict[str, Tensor] = {}
+        self._number = 0  # of the pool's step that the tensors show
 
     def update(self, made: PoolStep) -> Step:
         with torch.inference_mode(False):
             self._follow_growth()
             if not self._in_place:
                 self._upload(made)
+        self._number = made.number
         sizes = self._sizes(made)
         return Step(**{name: self._tensors[name][: sizes[name]] for name in ARRAYS}, max_seqlen_q=made.max_seqlen_q)
 
@@ -257,24 +320,27 @@ class _Mirror:
         for name in (*ARRAYS, "changes"):
             source = getattr(self._pool, name)
             if source is not self._sources.get(name):
-                self._sources[name] = source
-                self._host[name] = torch.frombuffer(source, dtype=torch.int32).view(source.shape)
+                host = torch.frombuffer(source, dtype=torch.int32).view(source.shape)
                 # Zeros, as the pool's own: the page table's unused entries count as unchanged.
-                host = self._host[name]
                 self._tensors[name] = host if self._in_place else torch.zeros_like(host, device=self._device)
+                self._host[name], self._sources[name] = host, source
 
     def _upload(self, made: PoolStep) -> None:
         """Copies from pinned memory that is never written again: torch keeps it until the device has read it, so nobody waits."""
+        missed = made.number != self._number + 1  # a step whose upload raised: what it changed counts, too
+        changes = None if missed else made.num_changes
         sizes = self._sizes(made)
-        if made.num_changes is not None:  # not the page table, but what changed in it
+        if changes is None:
+            sizes["page_table"] = len(self._host["page_table"])
+        else:
             del sizes["page_table"]
-            sizes["changes"] = made.num_changes
+            sizes["changes"] = changes
         used = {name: self._host[name][:size] for name, size in sizes.items()}
         staged = _to_device(torch.cat([part.flatten() for part in used.values()]), self._device)
         for (name, part), copy in zip(used.items(), staged.split([part.numel() for part in used.values()])):
             self._tensors[name][: len(part)] = copy.view(part.shape)
-        if made.num_changes:
-            index, value = self._tensors["changes"][: made.num_changes].unbind(1)
+        if changes:
+            index, value = self._tensors["changes"][:changes].unbind(1)
             self._tensors["page_table"].view(-1)[index.long()] = value
 
 

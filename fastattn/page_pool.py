@@ -4,23 +4,30 @@
 numbers, arrays and messages. The Python one is the definition; random traces hold the other to it (tests/test_page_pool.py).
 
 The life of a page. It is free; or held by `refs` sequences, of which one alone may write to it; or held by none and kept for its contents.
-A full page whose tokens are known enters the index once its keys and values are written, which is at `commit`. Its key is the page before
-it and its own tokens, so that equal keys mean equal prefixes from the first token on. Whoever holds an indexed page holds the pages
+A full page whose tokens are known enters the index once its keys and values are written, which is at `commit`; the prefix that it ends gets
+a number, never used again. Its key is the number of the prefix before it and its own tokens, so that equal keys mean equal prefixes from
+the first token on. It leaves the index when it is taken for something else, or when the only one who holds it has truncated into it and
+writes: nothing finds the pages behind it then, and they wait for their turn to be taken. Whoever holds an indexed page holds the pages
 before it too: a page is therefore let go no later than the one before it, and evicting the page that was let go first never breaks a chain.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 try:
     import fastattn._page_pool as compiled
-except ImportError:
+except ImportError as error:
+    if not (isinstance(error, ModuleNotFoundError) and error.name == "fastattn._page_pool"):
+        warnings.warn(
+            f"fastattn: the compiled page pool cannot be imported, and the Python one stands in: {error}", RuntimeWarning, stacklevel=2
+        )
     compiled = None
 
 if compiled is not None:
@@ -28,10 +35,10 @@ if compiled is not None:
 else:
 
     class OutOfPages(RuntimeError):
-        """There are fewer free pages than a call needs; it has taken none."""
+        """There are fewer free pages than a call needs; it has changed nothing."""
 
 
-ROOT = -1  # stands for the page before a sequence's first one
+ROOT = 0  # the number of the empty prefix
 LIMIT = 2**31  # of whatever the arrays index
 
 
@@ -40,6 +47,8 @@ class _Sequence:
     length: int = 0
     known: int = 0  # leading tokens whose ids are known
     indexed: int = 0  # leading pages that are in the index
+    round: int = 0  # in which it last got known tokens; a round ends with `commit` or `abandon`
+    committed: int = 0  # known tokens as that round began
     pages: list[int] = field(default_factory=list)
     row: int | None = None  # of the page table, as of the last step that it took part in
     clean: int = 0  # leading pages that this row shows as they are
@@ -49,12 +58,14 @@ class _Sequence:
 class PoolStep:
     """What a step made of the pool's arrays: how much of them is in use, and what changed.
 
+    number: how many steps the pool has taken, this one included.
     batch, total_q: sequences and new tokens. max_seqlen_q: the most new tokens of one sequence.
     num_changes: how many rows of `changes` name a changed entry of the page table; None where the table is new, or changed in more
         entries than `changes` holds (a sixteenth of the table, or 16): then the whole of it counts as changed.
     copies: (source, target) pages, whose keys and values are to be copied, all at once, before the step writes any.
     """
 
+    number: int
     batch: int
     total_q: int
     max_seqlen_q: int
@@ -76,7 +87,7 @@ class PythonPagePool:
         slots, positions: (T,) page · page_size + offset of each new token, and its position in its sequence.
         changes: (num_changes, 2) row · columns + column, and the new value, of each entry of page_table that changed in the last step.
 
-    Any call that raises leaves the pool as it was. Not for several threads at once.
+    Any call that raises leaves the pool as it was, a MemoryError of the C++ one too. Not for several threads at once, and not to be copied.
     """
 
     def __init__(self, num_pages: int, page_size: int, *, share_prefixes: bool = True) -> None:
@@ -94,15 +105,22 @@ class PythonPagePool:
         self._unreferenced: OrderedDict[int, None] = OrderedDict()  # indexed pages that nobody holds, oldest first
         self._refs = [0] * self._num_pages
         self._tokens: list[list[int]] = [[] for _ in range(self._num_pages)]
-        self._index: dict[tuple[int, tuple[int, ...]], int] = {}  # (page before, tokens) → page
+        self._index: dict[tuple[int, tuple[int, ...]], int] = {}  # (number of the prefix before, tokens) → page
         self._key: dict[int, tuple[int, tuple[int, ...]]] = {}  # and back
+        self._number = [ROOT] * self._num_pages  # of the prefix that each page in the index ends
+        self._last_number = ROOT
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
         self._uncommitted: set[int] = set()  # ids of sequences that have full pages to index
+        self._round = 1
+        self._steps = 0
         self._rows: list[int | None] = [None]  # whose pages each row of the table shows
         self.page_table = _matrix(1, 1)
         self.cache_seqlens, self.seqlens_k, self.cu_seqlens_q, self.slots, self.positions = (_vector(1) for _ in range(5))
         self.changes = _matrix(16, 2)
+
+    def __reduce__(self) -> str:
+        raise TypeError("a PagePool cannot be copied or pickled")
 
     @property
     def num_pages(self) -> int:
@@ -128,13 +146,14 @@ class PythonPagePool:
         tokens = [] if tokens is None else integers("PagePool.allocate", "tokens", tokens)
         sequence = _Sequence()
         if self._share_prefixes:
+            before = ROOT
             for start in range(0, len(tokens) - self._page_size, self._page_size):
-                before = sequence.pages[-1] if sequence.pages else ROOT
                 page = self._index.get((before, tuple(tokens[start : start + self._page_size])))
                 if page is None:
                     break
                 self._hold(page)
                 sequence.pages.append(page)
+                before = self._number[page]
             sequence.indexed = len(sequence.pages)
             sequence.length = sequence.known = sequence.indexed * self._page_size
         return self._add(sequence)
@@ -143,22 +162,22 @@ class PythonPagePool:
         return self._find("PagePool.length", id).length
 
     def pages(self, id: int) -> list[int]:
-        """The pages that hold the sequence, in order. `step` and `commit` may put a shared page in an equal one's place."""
+        """The pages that hold the sequence, in order. `commit` may put a shared page in an equal one's place."""
         return list(self._find("PagePool.pages", id).pages)
 
     def extend(self, id: int, new: int | Iterable[int]) -> list[tuple[int, int]]:
         """Make room for new tokens, given by their ids (1-D ints) or by their count; after a token of unknown id none is shared.
 
-        Returns (source, target) pages: the caller copies their keys and values before it writes any. Raises OutOfPages.
+        Returns (source, target) pages: the caller copies their keys and values before it writes any. Raises OutOfPages, and then nothing
+        has changed.
         """
         tokens = None if is_integer(new) else integers("PagePool.extend", "new", new)
         count = integer("PagePool.extend", "new", new) if tokens is None else len(tokens)
         sequence = self._find("PagePool.extend", id)
         self._check_count("PagePool.extend", count)
-        copying = self._reserve("PagePool.extend", [sequence], [count])
+        self._check_room("PagePool.extend", [sequence], [count])
         copies: list[tuple[int, int]] = []
-        self._append(id, sequence, count, tokens, copying[0], copies)
-        self._let_go_of_sources(copies)
+        self._append(id, sequence, count, tokens, copies)
         return copies
 
     def free(self, id: int) -> None:
@@ -175,7 +194,7 @@ class PythonPagePool:
         sequence = self._find("PagePool.fork", id)
         for page in sequence.pages:
             self._hold(page)
-        copy = _Sequence(sequence.length, sequence.known, sequence.indexed, list(sequence.pages))
+        copy = replace(sequence, pages=list(sequence.pages), row=None, clean=0)
         new_id = self._add(copy)
         self._note_uncommitted(new_id, copy)
         return new_id
@@ -191,19 +210,31 @@ class PythonPagePool:
         kept = -(-length // self._page_size)
         self._let_go(reversed(sequence.pages[kept:]))
         del sequence.pages[kept:]
-        sequence.length, sequence.known = length, min(sequence.known, length)
+        sequence.length = length
+        sequence.known, sequence.committed = min(sequence.known, length), min(sequence.committed, length)
         sequence.indexed = min(sequence.indexed, length // self._page_size)
         sequence.clean = min(sequence.clean, kept)
 
     def commit(self) -> None:
         """Say that the keys and values of every token so far are written: full pages become shareable.
 
-        `step` begins with it, so that what one step appends is shared from the next one on; call it before a `free` whose pages are worth
-        keeping. Where two sequences have filled a page with the same prefix, both go on with the page that was there first.
+        Where two sequences have filled a page with the same prefix, both go on with the page that was there first.
         """
         for id in sorted(self._uncommitted):
             self._index_full_pages(self._sequences[id])
+        self._end_round()
+
+    def abandon(self) -> None:
+        """Say that the keys and values of the tokens since the last `commit` may never have been written: they stay, as if their ids
+        were unknown, and are not shared."""
+        for sequence in self._sequences.values():
+            if sequence.round == self._round:
+                sequence.known = min(sequence.known, sequence.committed)
+        self._end_round()
+
+    def _end_round(self) -> None:
         self._uncommitted.clear()
+        self._round += 1
 
     def step(
         self, ids: Iterable[int], new: int | Iterable[int] = 1, tokens: Iterable[int] | None = None
@@ -211,50 +242,56 @@ class PythonPagePool:
         """Extend every sequence of a batch, and write the arrays of the step that will compute its new tokens.
 
         ids: (B,) distinct. new: how many tokens each sequence gets, or one number for all; 0 is allowed. tokens: (T,) their ids, one
-        sequence's after the other's, where they are known. Raises OutOfPages, having done no more than commit what the steps before wrote.
+        sequence's after the other's, where they are known. Raises OutOfPages, and then nothing has changed.
         """
         where = "PagePool.step"
         ids = integers(where, "ids", ids)
-        counts = [integer(where, "new", new)] * len(ids) if is_integer(new) else integers(where, "new", new)
+        counts = self._counts(where, new, len(ids))
         tokens = None if tokens is None else integers(where, "tokens", tokens)
-        if len(counts) != len(ids):
-            raise ValueError(f"{where}: new must be one int, or {len(ids)} to match ids, got {len(counts)}")
-        for count in counts:
-            self._check_count(where, count)
+        batch = self._check_step(where, ids, counts, tokens)
         total = sum(counts)
-        if tokens is not None and len(tokens) != total:
-            raise ValueError(f"{where}: tokens must hold the {total} new ones, got {len(tokens)}")
-        batch = []
-        seen = set()
-        for id in ids:
-            batch.append(self._find(where, id))
-            if id in seen:
-                raise ValueError(f"{where}: ids must be distinct, got {id} twice")
-            seen.add(id)
-        columns = max((self._pages_for(s.length + n) for s, n in zip(batch, counts)), default=0)
-        if len(ids) * columns >= LIMIT:
-            raise ValueError(f"{where}: the page table must have fewer than 2**31 entries, got {len(ids)} * {columns}")
+        self._check_room(where, batch, counts)
+        whole = self._grow_arrays(len(ids), self._columns(batch, counts), total)
 
-        self.commit()
-        copying = self._reserve(where, batch, counts)
-        whole = self._grow_arrays(len(ids), columns, total)
         num_changes = None if whole else 0
         copies: list[tuple[int, int]] = []
         start = 0
         self.cu_seqlens_q[0] = 0
-        for row, (id, sequence, count, copy) in enumerate(zip(ids, batch, counts, copying)):
+        for row, (id, sequence, count) in enumerate(zip(ids, batch, counts)):
             length, end = sequence.length, start + count
-            own = tokens[start:end] if tokens is not None else None
-            self._append(id, sequence, count, own, copy, copies)
-            for position in range(length, sequence.length):
-                page, offset = divmod(position, self._page_size)
-                self.slots[start + position - length] = sequence.pages[page] * self._page_size + offset
-                self.positions[start + position - length] = position
+            self._append(id, sequence, count, None if tokens is None else tokens[start:end], copies)
+            self._write_slots(sequence, length, start)
             self.cache_seqlens[row], self.seqlens_k[row], self.cu_seqlens_q[row + 1] = length, sequence.length, end
             start = end
             num_changes = self._write_row(row, id, sequence, num_changes)
-        self._let_go_of_sources(copies)
-        return PoolStep(len(ids), total, max(counts, default=0), num_changes, copies)
+        self._steps += 1
+        return PoolStep(self._steps, len(ids), total, max(counts, default=0), num_changes, copies)
+
+    def _counts(self, where: str, new: int | Iterable[int], batch: int) -> list[int]:
+        if not is_integer(new):
+            return integers(where, "new", new)
+        count = integer(where, "new", new)
+        self._check_count(where, count)  # of no sequence at all, too
+        return [count] * batch
+
+    def _check_step(self, where: str, ids: list[int], counts: list[int], tokens: list[int] | None) -> list[_Sequence]:
+        """The sequences of a batch."""
+        if len(counts) != len(ids):
+            raise ValueError(f"{where}: new must be one int, or {len(ids)} to match ids, got {len(counts)}")
+        for count in counts:
+            self._check_count(where, count)
+        if tokens is not None and len(tokens) != sum(counts):
+            raise ValueError(f"{where}: tokens must hold the {sum(counts)} new ones, got {len(tokens)}")
+        batch: dict[int, _Sequence] = {}
+        for id in ids:
+            sequence = self._find(where, id)
+            if id in batch:
+                raise ValueError(f"{where}: ids must be distinct, got {id} twice")
+            batch[id] = sequence
+        columns = self._columns(batch.values(), counts)
+        if len(ids) * columns >= LIMIT:
+            raise ValueError(f"{where}: the page table must have fewer than 2**31 entries, got {len(ids)} * {columns}")
+        return list(batch.values())
 
     # Sequences
 
@@ -278,43 +315,54 @@ class PythonPagePool:
     def _pages_for(self, length: int) -> int:
         return -(-length // self._page_size)
 
-    def _reserve(self, where: str, batch: list[_Sequence], counts: list[int]) -> list[bool]:
-        """See that there are pages enough, or raise. Returns which sequences will first copy their last page: it is part full, and
-        shared or in the index. One that is not in the index is let go of here, so that the last to share it knows that it need not copy."""
-        needed, copying = 0, []
+    def _columns(self, batch: Iterable[_Sequence], counts: list[int]) -> int:
+        return max((self._pages_for(s.length + n) for s, n in zip(batch, counts)), default=0)
+
+    def _check_room(self, where: str, batch: list[_Sequence], counts: list[int]) -> None:
+        """See that there are pages for the new tokens, and for the copies of last pages that others still hold when their turn comes."""
+        needed = 0
+        others: dict[int, int] = {}
         for sequence, count in zip(batch, counts):
             needed += self._pages_for(sequence.length + count) - len(sequence.pages)
-            last = sequence.pages[-1] if count and sequence.length % self._page_size else None
-            copying.append(last is not None and (self._refs[last] > 1 or last in self._key))
-            if copying[-1]:
-                needed += 1
-                if last not in self._key:
-                    self._refs[last] -= 1
+            if count and sequence.length % self._page_size:
+                last = sequence.pages[-1]
+                others[last] = others.get(last, self._refs[last]) - 1
+                needed += others[last] > 0
         if needed > self.num_free:
-            for sequence, copies in zip(batch, copying):
-                if copies and sequence.pages[-1] not in self._key:
-                    self._refs[sequence.pages[-1]] += 1
             raise OutOfPages(f"{where}: needs {needed} pages, of {self._num_pages} there are {self.num_free} free")
-        return copying
 
     def _append(
-        self, id: int, sequence: _Sequence, count: int, tokens: list[int] | None, copy: bool, copies: list[tuple[int, int]]
+        self, id: int, sequence: _Sequence, count: int, tokens: list[int] | None, copies: list[tuple[int, int]]
     ) -> None:
-        if copy:
-            source, target = sequence.pages[-1], self._take()
-            copies.append((source, target))
-            self._tokens[target] = list(self._tokens[source])
-            sequence.pages[-1] = target
-            sequence.clean = min(sequence.clean, len(sequence.pages) - 1)
+        if count and sequence.length % self._page_size:
+            self._own_last_page(sequence, copies)
         while len(sequence.pages) < self._pages_for(sequence.length + count):
             sequence.pages.append(self._take())
         if self._share_prefixes and tokens is not None and sequence.known == sequence.length:
-            for position, token in enumerate(tokens, sequence.length):
-                page, offset = divmod(position, self._page_size)
-                self._tokens[sequence.pages[page]][offset:] = [token]
-            sequence.known += count
+            self._write_tokens(sequence, tokens)
         sequence.length += count
         self._note_uncommitted(id, sequence)
+
+    def _own_last_page(self, sequence: _Sequence, copies: list[tuple[int, int]]) -> None:
+        """See that the last page, which is part full, may be written: by a copy of it where others hold it too."""
+        source = sequence.pages[-1]
+        if self._refs[source] == 1:
+            self._remove_from_index(source)
+            return
+        target = self._take()
+        copies.append((source, target))
+        self._tokens[target] = list(self._tokens[source])
+        self._refs[source] -= 1
+        sequence.pages[-1] = target
+        sequence.clean = min(sequence.clean, len(sequence.pages) - 1)
+
+    def _write_tokens(self, sequence: _Sequence, tokens: list[int]) -> None:
+        if sequence.round != self._round:
+            sequence.round, sequence.committed = self._round, sequence.known
+        for position, token in enumerate(tokens, sequence.length):
+            page, offset = divmod(position, self._page_size)
+            self._tokens[sequence.pages[page]][offset:] = [token]
+        sequence.known += len(tokens)
 
     # The index
 
@@ -325,16 +373,24 @@ class PythonPagePool:
     def _index_full_pages(self, sequence: _Sequence) -> None:
         for i in range(sequence.indexed, sequence.known // self._page_size):
             page = sequence.pages[i]
-            key = (sequence.pages[i - 1] if i else ROOT, tuple(self._tokens[page]))
-            first = self._index.setdefault(key, page)
-            if first == page:
-                self._key[page] = key
-            else:
+            key = (self._number[sequence.pages[i - 1]] if i else ROOT, tuple(self._tokens[page]))
+            first = self._index.get(key)
+            if first is None:
+                self._add_to_index(page, key)
+            elif first != page:
                 self._hold(first)
                 self._let_go([page])
                 sequence.pages[i] = first
                 sequence.clean = min(sequence.clean, i)
             sequence.indexed = i + 1
+
+    def _add_to_index(self, page: int, key: tuple[int, tuple[int, ...]]) -> None:
+        self._last_number += 1
+        self._index[key], self._key[page], self._number[page] = page, key, self._last_number
+
+    def _remove_from_index(self, page: int) -> None:
+        if page in self._key:
+            del self._index[self._key.pop(page)]
 
     # Pages
 
@@ -344,7 +400,7 @@ class PythonPagePool:
             page = self._free.pop()
         else:
             page, _ = self._unreferenced.popitem(last=False)
-            del self._index[self._key.pop(page)]
+            self._remove_from_index(page)
         self._refs[page] = 1
         self._tokens[page] = []
         return page
@@ -363,33 +419,42 @@ class PythonPagePool:
                 else:
                     self._free.append(page)
 
-    def _let_go_of_sources(self, copies: list[tuple[int, int]]) -> None:
-        """The rest of what `_reserve` began: only now, so that no page taken in the meantime is one that is still to be copied."""
-        self._let_go(source for source, _ in copies if source in self._key)
-
     # The arrays
 
     def _grow_arrays(self, rows: int, columns: int, total: int) -> bool:
-        """Double what is too small. True: the page table is a new one."""
+        """Double what is too small, all of it or nothing. True: the page table is a new one."""
         sizes = {"cache_seqlens": rows, "seqlens_k": rows, "cu_seqlens_q": rows + 1, "slots": total, "positions": total}
+        grown = {}
         for name, size in sizes.items():
             old = len(getattr(self, name))
             if size > old:
-                setattr(self, name, _vector(max(size, 2 * old)))
+                grown[name] = _vector(max(size, 2 * old))
         old_rows, old_columns = self.page_table.shape
-        if rows <= old_rows and columns <= old_columns:
-            return False
-        grown_rows = max(rows, 2 * old_rows) if rows > old_rows else old_rows
-        grown_columns = max(columns, 2 * old_columns) if columns > old_columns else old_columns
-        if grown_rows * grown_columns >= LIMIT:
-            grown_rows, grown_columns = rows, columns
-        self.page_table = _matrix(grown_rows, grown_columns)
-        self.changes = _matrix(max(16, grown_rows * grown_columns // 16), 2)
+        whole = rows > old_rows or columns > old_columns
+        if whole:
+            grown_rows = max(rows, 2 * old_rows) if rows > old_rows else old_rows
+            grown_columns = max(columns, 2 * old_columns) if columns > old_columns else old_columns
+            if grown_rows * grown_columns >= LIMIT:
+                grown_rows, grown_columns = rows, columns
+            grown["page_table"] = _matrix(grown_rows, grown_columns)
+            grown["changes"] = _matrix(max(16, grown_rows * grown_columns // 16), 2)
+        for name, new in grown.items():
+            setattr(self, name, new)
+        if whole:
+            self._forget_rows(grown_rows)
+        return whole
+
+    def _forget_rows(self, rows: int) -> None:
         for id in self._rows:
             if id is not None:
                 self._sequences[id].row = None
-        self._rows = [None] * grown_rows
-        return True
+        self._rows = [None] * rows
+
+    def _write_slots(self, sequence: _Sequence, length: int, start: int) -> None:
+        """The slots and positions of a sequence's tokens from `length` on, from `start` on in the arrays."""
+        for i, position in enumerate(range(length, sequence.length), start):
+            page, offset = divmod(position, self._page_size)
+            self.slots[i], self.positions[i] = sequence.pages[page] * self._page_size + offset, position
 
     def _write_row(self, row: int, id: int, sequence: _Sequence, num_changes: int | None) -> int | None:
         """Write the entries of a row that changed. Returns num_changes, counted on; None once `changes` is full."""
@@ -423,7 +488,7 @@ def _matrix(rows: int, columns: int) -> memoryview:
 
 
 def is_integer(value: object) -> bool:
-    return isinstance(value, int) or (hasattr(value, "__index__") and not hasattr(value, "__len__"))
+    return isinstance(value, int) or (hasattr(type(value), "__index__") and not hasattr(value, "__len__"))
 
 
 def integer(where: str, name: str, value: object) -> int:
@@ -436,16 +501,21 @@ def integer(where: str, name: str, value: object) -> int:
 
 
 def integers(where: str, name: str, values: Iterable[int]) -> list[int]:
-    """1-D integers, from a list, a numpy array or a tensor."""
-    kind = type(values).__name__
+    """1-D integers, from a list, a numpy array or a tensor. Errors of an iterator's own go through."""
+    wrong = TypeError(f"{where}: {name} must be 1-D ints, got {type(values).__name__}")
     values = values.tolist() if hasattr(values, "tolist") else values
     try:
-        values = list(map(operator.index, values))
+        iterator = iter(values)
     except TypeError:
-        raise TypeError(f"{where}: {name} must be 1-D ints, got {kind}") from None
-    if any(not -(2**63) <= value < 2**63 for value in values):
+        raise wrong from None
+    items = list(iterator)
+    try:
+        items = list(map(operator.index, items))
+    except TypeError:
+        raise wrong from None
+    if any(not -(2**63) <= item < 2**63 for item in items):
         raise ValueError(f"{where}: {name} must fit 64 bits")
-    return values
+    return items
 
 
 COMPILED = compiled is not None

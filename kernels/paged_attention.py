@@ -20,7 +20,7 @@ from .attention import _precision as precision
 from .attention import score
 from .blocks import sequence, visible, visible_blocks
 from .launch import check_grid, interpreted, launch, num_multiprocessors, target_of
-from .merge_attention import merge_attention_fwd
+from .merge_attention import merge_attention_fwd, pick_tile
 from .paged_tiles import LARGEST, PagedConfig, pick_paged_config, pick_splits
 from .primitives import INTERPRETED, LN2, LOG2E, cast, dot
 
@@ -146,7 +146,7 @@ def _paged_attention_kernel(
         slopes = slopes_ptr + batch.to(tl.int64) * stride_slopes_b
         slope = tl.load(slopes + head, mask=in_rows, other=0.0).to(tl.float32)[:, None] * LOG2E
     if k_scale_ptr is not None:
-        qk_scale *= tl.load(k_scale_ptr + kv_head)
+        qk_scale *= tl.load(k_scale_ptr + kv_head).to(tl.float32)
 
     # How many queries a tile reaches over: one more than it holds where it ends within a group.
     BLOCK_I: tl.constexpr = BLOCK_M // GROUP_SIZE if BLOCK_M % GROUP_SIZE == 0 else (BLOCK_M - 2 + GROUP_SIZE) // GROUP_SIZE + 1
@@ -198,7 +198,7 @@ def _paged_attention_kernel(
     empty = row_sum == 0.0  # no visible key and no sink: lse −inf
     row_sum = tl.where(empty, 1.0, row_sum)
     lse = tl.where(empty, float("-inf"), LN2 * (row_max + tl.log2(row_sum)))
-    value_scale = tl.load(v_scale_ptr + kv_head) if v_scale_ptr is not None else 1.0
+    value_scale = tl.load(v_scale_ptr + kv_head).to(tl.float32) if v_scale_ptr is not None else 1.0
     acc = acc * (value_scale / row_sum)[:, None]
 
     num_heads = num_kv_heads * GROUP_SIZE
@@ -232,6 +232,8 @@ def paged_attention(
     num_pages, page_size = k_cache.shape[:2]
     batch, max_pages = page_table.shape
     tokens = q.shape[0] if packed else batch * max_seqlen_q
+    if packed:  # where the caller's is any upper bound
+        max_seqlen_q = min(max_seqlen_q, tokens)
     group = num_heads // max(num_kv_heads, 1)
     target = target_of(q)
     if config is None:
@@ -244,9 +246,11 @@ def paged_attention(
     gather = not one_page and (page_size % config.BLOCK_N != 0 or leftpad is not None)
     num_blocks = triton.cdiv(group * max_seqlen_q, config.BLOCK_M)
     programs = num_blocks * batch * num_kv_heads
+    merge_tile = pick_tile(0, num_splits, head_dim_v) if num_splits > 0 else None  # for a fixed split by no count of rows either
     if num_splits == 0:
         slots = num_multiprocessors(q.device) * config.resident
         num_splits = pick_splits(programs, slots, triton.cdiv(capacity, config.BLOCK_N))
+    check_grid("paged_attention", group * max_seqlen_q + config.BLOCK_M)  # rows, which the kernel counts in 32 bits
     grid = check_grid("paged_attention", programs * num_splits)
     log.debug("paged_attention: %s, %d splits", config, num_splits)
 
@@ -266,8 +270,8 @@ def paged_attention(
         v_scale_ptr=v_scale, out_ptr=out, partial_ptr=partial, lse_ptr=lse,
         seqlen_q=max_seqlen_q, total_q=tokens, num_pages=num_pages, capacity=capacity,
         num_kv_heads=num_kv_heads, num_blocks=num_blocks, num_splits=num_splits,
-        window_left=0 if window_left is None else min(window_left, capacity),  # past all keys; and so that int32 holds every sum
-        window_right=0 if window_right is None else min(window_right, capacity + max_seqlen_q),
+        window_left=0 if window_left is None else min(window_left, capacity),  # bounds that reach all keys; int32 holds every sum
+        window_right=0 if window_right is None else min(window_right, max_seqlen_q),
         stride_qb=0 if packed else q.stride(0), stride_qs=q.stride(-3), stride_qh=q.stride(-2),
         **dict(zip(("stride_kp", "stride_ks", "stride_kh"), k_cache.stride())),
         **dict(zip(("stride_vp", "stride_vs", "stride_vh"), v_cache.stride())),
@@ -281,7 +285,7 @@ def paged_attention(
         BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return (out, lse) if num_splits == 1 else merge_attention_fwd(partial, lse, q.dtype)
+    return (out, lse) if num_splits == 1 else merge_attention_fwd(partial, lse, q.dtype, merge_tile)
 
 
 def _new(packed: bool, shape: tuple[int, ...], fill: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

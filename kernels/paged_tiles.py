@@ -51,20 +51,22 @@ PAGED_TILES: dict[tuple[str, str, int, int], PagedConfig] = {
     **_parts("quantized", SMALLEST, "sm120",
              tiles=((16, 64, 4, 4, 2), (16, 64, 4, 3, 2), (16, 32, 4, 3, 2), (16, 32, 8, 2, 1))),
     **_parts("single", SMALLEST, "sm80", "sm90", "sm100",
-             tiles=((16, 32, 4, 4, 2), (16, 16, 4, 3, 2), (16, 16, 4, 3, 1), (16, 16, 8, 2, 1))),
+             tiles=((16, 32, 4, 4, 2), (16, 16, 8, 3, 2), (16, 16, 4, 3, 1), (16, 16, 8, 2, 1))),
     **_parts("single", SMALLEST, "sm120",
              tiles=((16, 16, 4, 4, 2), (16, 16, 4, 3, 1), (16, 16, 4, 2, 1), (16, 16, 8, 1, 1))),
     # Prefill: HGMMA on sm_90.
-    **_parts("half", LARGEST, "sm80", "sm90", "sm100",
+    **_parts("half", LARGEST, "sm90", "sm100",
              tiles=((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2))),
+    **_parts("half", LARGEST, "sm80",
+             tiles=((128, 64, 8, 2), (64, 32, 8, 3), (32, 32, 8, 2), (32, 16, 8, 2))),
     **_parts("half", LARGEST, "sm120",
-             tiles=((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2))),
-    **_parts("quantized", LARGEST, "sm80", "sm90", "sm100",
-             tiles=((64, 64, 4, 3), (64, 64, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2))),
-    **_parts("quantized", LARGEST, "sm120",
-             tiles=((64, 64, 4, 3), (64, 32, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2))),
+             tiles=((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2))),
+    **_parts("quantized", LARGEST, "sm90", "sm100",
+             tiles=((64, 64, 8, 3), (64, 64, 8, 3), (64, 16, 8, 2), (32, 16, 8, 2))),
+    **_parts("quantized", LARGEST, "sm80", "sm120",
+             tiles=((64, 32, 8, 3), (64, 32, 8, 3), (32, 32, 8, 2), (32, 16, 8, 2))),
     **_parts("single", LARGEST, "sm80", "sm90", "sm100", "sm120",
-             tiles=((32, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1))),
+             tiles=((16, 16, 4, 3), (16, 16, 8, 2), (16, 16, 4, 2), (16, 16, 16, 1))),
 }
 # fmt: on
 
@@ -82,7 +84,7 @@ def pick_paged_config(
 MIN_BLOCKS_PER_SPLIT = 4  # below that the ramp of a split's loop, and its share of the merge, cost more than it saves
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def pick_splits(programs: int, slots: int, max_blocks: int) -> int:
     """How many ways to split the keys of each of `programs` tiles, none longer than `max_blocks` key blocks, on a part that has room for
     `slots` programs at a time.

@@ -40,9 +40,9 @@ def naive(
             if rotary_cos is not None:
                 tables = rotary_cos.to(dtype), rotary_sin.to(dtype)
                 moves = causal or window_size != (-1, -1)
-                at = length - pad + torch.arange(q.shape[1]) * moves
+                at = length + torch.arange(q.shape[1]) * moves
                 q_, _ = reference.apply_rotary(q_, q_, *tables, positions=at[None], interleaved=rotary_interleaved)
-                at = length - pad + torch.arange(k.shape[1])
+                at = length + torch.arange(k.shape[1])
                 k_, _ = reference.apply_rotary(k_, k_, *tables, positions=at[None], interleaved=rotary_interleaved)
                 q_, k_ = q_.to(q.dtype).to(dtype), k_.to(k_cache.dtype)  # both are rounded on the way
             k_cache[row, length : length + k.shape[1]] = k_[0].to(k_cache.dtype)
@@ -191,13 +191,35 @@ def test_errors(error, message, changes):
         call(**changes)
 
 
-def test_lengths_past_the_cache_are_refused():
-    with pytest.raises(ValueError, match=r"paged_attention: seqlens_k must lie in .* = \[0, 30\], got 31"):
-        call(cache_seqlens=31)
-    with pytest.raises(ValueError, match=r"paged_attention: leftpad must lie between 0 and its sequence's length"):
-        call(cache_seqlens=3, cache_leftpad=torch.tensor([4, 0], **INT32))
-    with pytest.raises(ValueError, match=r"paged_attention: page_table must hold pages in \[0, num_pages\) = \[0, 2\) .* got 2 at \[1, 0\]"):
-        call(cache_batch_idx=torch.tensor([0, 2], **INT32))
+HOSTILE = [
+    (ValueError, r"cache_seqlens must lie in .* = \[0, 30\], got 31", dict(cache_seqlens=31)),
+    (ValueError, r"cache_seqlens \(with the new keys\) must lie in .* = \[0, 30\], got 31", NEW | dict(cache_seqlens=30)),
+    (ValueError, r"cache_leftpad must lie between 0 and its sequence's length", NEW | dict(cache_seqlens=3, cache_leftpad=torch.tensor([5, 0], **INT32))),
+    (ValueError, r"cache_batch_idx must hold pages in \[0, num_pages\) = \[0, 2\) .* got 2 at \[1, 0\]", NEW | dict(cache_seqlens=3, cache_batch_idx=torch.tensor([0, 2], **INT32))),
+    (ValueError, r"k must have shape \(B, S_new, H_kv, D\) with B = 2, got \(2, 64\)", dict(k=NEW["k"][:, 0, 0], v=NEW["v"], cache_seqlens=3)),
+    (ValueError, r"softcap must be finite", NEW | dict(cache_seqlens=3, softcap=-1.0)),
+    (ValueError, r"num_splits must lie", NEW | dict(cache_seqlens=3, num_splits=-3)),
+    (ValueError, r"window must be a pair", NEW | dict(cache_seqlens=3, window_size=(1, 2, 3))),
+    (ValueError, r"window must be a pair", NEW | tables() | dict(cache_seqlens=3, window_size=None)),
+    (ValueError, r"alibi_slopes must have shape", NEW | dict(cache_seqlens=3, alibi_slopes=torch.rand(3))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, message, changes", HOSTILE, ids=[message[:45] for _, message, _ in HOSTILE])
+def test_a_call_that_raises_leaves_the_cache_alone(error, message, changes):
+    cache = torch.randn(2, 30, 2, 64)
+    before = cache.clone()
+    with pytest.raises(error, match=f"^flash_attn_with_kvcache: {message}"):
+        call(k_cache=cache, v_cache=cache, **changes)
+    assert torch.equal(cache, before)
+
+
+def test_block_table_s_lengths_are_checked_by_name():
+    cache, table = torch.randn(4, 8, 2, 64), torch.zeros(2, 2, **INT32)
+    for starts, message in (([0, 5, 3], "cu_seqlens_k must not decrease"), ([2, 5, 9], "cu_seqlens_k must start at 0, got 2")):
+        starts_q, starts_k = torch.tensor([0, 1, 2], **INT32), torch.tensor(starts, **INT32)
+        with pytest.raises(ValueError, match=f"flash_attn_varlen_func: {message}"):
+            flash_attn.flash_attn_varlen_func(torch.randn(2, 4, 64), cache, cache, starts_q, starts_k, 1, 9, block_table=table)
 
 
 def test_no_gradient_is_silently_lost():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -102,6 +104,157 @@ def test_prefixes_and_the_rest_of_the_pools_calls():
     assert off.length(off.allocate([1] * 9)) == 0
 
 
+def forward(cache, count, layers=(0, 1), value=1.0):
+    for layer in layers:
+        cache.append(layer, torch.full((count, 3, 8), value), torch.full((count, 3, 8), value))
+
+
+def test_what_every_layer_has_appended_is_shared_from_the_next_step_on():
+    cache, prompt = make(), list(range(9))
+    a = cache.allocate(prompt)
+    cache.step([a], 9, prompt)
+    forward(cache, 9)
+    cache.step([a], 1, [9])
+    assert cache.length(cache.allocate(prompt)) == 8
+
+
+def test_what_a_layer_lacks_is_not_shared_unless_commit_says_so():
+    cache, prompt = make(), list(range(9))
+    a = cache.allocate(prompt)
+    cache.step([a], 9, prompt)
+    forward(cache, 9, layers=[0])  # and raised
+    b = cache.fork(a)
+    cache.step([a, b], 1, [9, 9])
+    forward(cache, 2)
+    cache.commit()
+    assert cache.length(cache.allocate(prompt)) == 0
+    for id in (a, b):
+        cache.free(id)
+    a = cache.allocate(prompt)
+    cache.step([a], 9, prompt)
+    cache.truncate(a, 0)  # the same again, from the start
+    cache.step([a], 9, prompt)
+    forward(cache, 9)
+    cache.step([a], 0)
+    assert cache.length(cache.allocate(prompt)) == 8
+    other = [10 + token for token in prompt]
+    b = cache.allocate(other)
+    cache.step([b], 9, other)
+    cache.commit()  # by one who writes without append
+    assert cache.length(cache.allocate(other)) == 8
+
+
+def test_what_extend_makes_room_for_is_not_shared():
+    cache = make()
+    a = cache.allocate()
+    cache.extend(a, 8)
+    cache.step([a], 1, [8])
+    forward(cache, 1)
+    cache.commit()
+    assert cache.length(cache.allocate(list(range(9)))) == 0
+    with pytest.raises(TypeError, match="PagedKVCache.extend: new must be an int, got list"):
+        cache.extend(a, [1, 2])
+
+
+@pytest.mark.parametrize("call", ["free", "truncate", "extend"])
+def test_a_step_whose_sequences_change_is_over(call):
+    def change(cache, id):
+        {"free": cache.free, "truncate": lambda id: cache.truncate(id, 0), "extend": lambda id: cache.extend(id, 1)}[call](id)
+
+    cache = make()
+    a, b, c = (cache.allocate() for _ in range(3))
+    step = cache.step([a, b], 2)
+    change(cache, c)
+    assert cache.current is step
+    change(cache, a)
+    with pytest.raises(RuntimeError, match="PagedKVCache.append: there is no current step: call step first"):
+        forward(cache, 4)
+
+
+def test_a_copy_of_what_the_step_has_yet_to_write_ends_it():
+    cache = make()
+    a = cache.allocate()
+    cache.step([a], 2)
+    cache.extend(cache.fork(a), 1)
+    assert cache.current is None
+
+
+def contents(cache, id):
+    """Of every layer, what the sequence's pages hold: (tokens, H_kv, D)."""
+    pages = torch.tensor(cache.pool.pages(id))
+    return [t[pages].flatten(0, 1)[: cache.length(id)].clone() for t in (*cache.k_cache, *cache.v_cache)]
+
+
+@pytest.mark.parametrize("place", ["copy", "grow", "upload"])
+@pytest.mark.parametrize("then", ["step", "another batch", "extend"])
+def test_a_step_that_raises_midway_can_be_made_again(place, then, monkeypatch):
+    """As where the device, or pinned memory, runs out: once, in each of the three parts that follow the pool's step."""
+    cache = make(num_pages=60)
+    cache._mirror._in_place = False
+    a = cache.allocate()
+    others = [cache.allocate() for _ in range(3)]
+    cache.step([a, *others], 6)
+    forward(cache, 24, value=3.0)
+    b = cache.fork(a)
+    before = contents(cache, a)
+    batch = [b, a, *others, cache.allocate()] if place == "grow" else [b, a]
+    failing = {"copy": "tensor", "grow": "zeros_like", "upload": "cat"}[place]
+
+    with monkeypatch.context() as patch:
+        works = getattr(torch, failing)
+
+        def fails_late(*args, **kwargs):
+            patch.setattr(torch, failing, fails)
+            return works(*args, **kwargs)
+
+        def fails(*args, **kwargs):
+            raise torch.OutOfMemoryError(place)
+
+        patch.setattr(torch, failing, fails_late if place == "grow" else fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.step(batch, 1)
+    assert cache.current is None and [cache.length(id) for id in (a, b)] == [6, 6]
+
+    if then == "extend":
+        cache.extend(b, 1)
+    if then == "another batch":
+        batch = batch[1:2]
+    step = cache.step(batch, 1)
+    host = torch.frombuffer(cache.pool.page_table, dtype=torch.int32).view(cache.pool.page_table.shape)
+    assert torch.equal(cache._mirror._tensors["page_table"], host)
+    for row, id in enumerate(batch):
+        pages = cache.pool.pages(id)
+        assert step.page_table[row, : len(pages)].tolist() == pages
+        assert step.seqlens_k[row] == cache.length(id)
+    for id in (a, b):
+        assert all(torch.equal(now[:6], old) for now, old in zip(contents(cache, id), before))
+    assert cache.pool.pages(a)[1] != cache.pool.pages(b)[1]
+    cache.step([a, b, *others], 1)  # rows of the missed step that have not changed since
+    assert torch.equal(cache._mirror._tensors["page_table"], torch.frombuffer(cache.pool.page_table, dtype=torch.int32).view(cache.pool.page_table.shape))
+
+
+def test_an_extend_that_raises_midway_can_be_made_again(monkeypatch):
+    cache = make()
+    a = cache.allocate()
+    cache.step([a], 6)
+    forward(cache, 6, value=3.0)
+    b, before = cache.fork(a), contents(cache, a)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.extend(b, 3)
+    assert cache.length(b) == 6
+    cache.extend(b, 3)
+    for id in (a, b):
+        assert all(torch.equal(now[:6], old) for now, old in zip(contents(cache, id), before))
+
+
+def test_neither_copied_nor_pickled():
+    for call in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a PagedKVCache cannot be copied or pickled"):
+            call(make())
+
+
 def test_a_cache_made_in_inference_mode_is_written_outside_of_it():
     with torch.inference_mode():
         cache = make()
@@ -134,6 +287,7 @@ def test_the_mirror_of_a_gpu_follows_every_step():
         for name in ARRAYS:
             host = torch.frombuffer(getattr(cache.pool, name), dtype=torch.int32).view(getattr(cache.pool, name).shape)
             assert torch.equal(getattr(step, name), host[: used[name]])
+            assert name != "page_table" or torch.equal(cache._mirror._tensors[name], host)
             assert getattr(step, name).untyped_storage().data_ptr() != host.untyped_storage().data_ptr()
         if not any(table is cache.pool.page_table for table in tables):
             tables.append(cache.pool.page_table)
@@ -179,13 +333,25 @@ def test_errors_by_name(case):
         call()
 
 
-def test_out_of_pages_leaves_the_last_step():
+def test_out_of_pages_leaves_every_sequence():
     cache = make(num_pages=2)
     a = cache.allocate()
     step = cache.step([a], 5)
     with pytest.raises(page_pool.OutOfPages, match="PagePool.step: needs 1 pages, of 2 there are 0 free"):
         cache.step([a], 4)
-    assert cache.length(a) == 5 and cache.current is step and step.seqlens_k.tolist() == [5]
+    assert cache.length(a) == 5 and cache.current is None and step.seqlens_k.tolist() == [5]
+
+
+@pytest.mark.parametrize("op", ["append", "attend"])
+def test_layers_are_those_of_the_cache(op):
+    cache = make()
+    cache.step([cache.allocate()], 1)
+    q = torch.randn(1, 3, 8)
+    for layer in (-1, 2):
+        with pytest.raises(ValueError, match=f"PagedKVCache.{op}: layer_idx must be between 0 and 1, got {layer}"):
+            getattr(cache, op)(layer, *[q, q][: 2 if op == "append" else 1])
+    with pytest.raises(TypeError, match=f"PagedKVCache.{op}: layer_idx must be an int, got str"):
+        getattr(cache, op)("0", *[q, q][: 2 if op == "append" else 1])
 
 
 def test_queries_of_another_shape_than_the_step_are_refused():

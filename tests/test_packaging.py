@@ -8,6 +8,7 @@ torch need not be installed again, and an editable installation of fastattn that
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,7 +103,8 @@ def in_place(checkout: Path, compiled: bool = False) -> dict[str, Path]:
 
 def need_compiler() -> None:
     pytest.importorskip("pybind11", reason="needs pybind11")
-    if shutil.which("c++") is None:
+    command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"  # as setuptools chooses
+    if shutil.which(shlex.split(command)[0]) is None:
         pytest.skip("needs a C++17 compiler")
 
 
@@ -152,15 +154,17 @@ def test_a_wheel_for_other_pythons_than_its_page_pools_is_refused(tag, tmp_path)
         check_tag(wheel)
 
 
+UNBUILT = "there is no C++17 compiler with Python's headers, or it cannot link"
 WITHOUT = {
     "pybind11": ("sys.modules['pybind11'] = None", {}, "pybind11 is not installed"),
-    "compiler": ("", {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}, "there is no C++17 compiler with Python's headers"),
+    "compiler": ("", {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}, UNBUILT),
+    "linker": ("", {"LDFLAGS": "-lthere_is_no_such_library"}, UNBUILT),
 }
 
 
 @pytest.mark.parametrize("missing", WITHOUT)
 def test_wheel_without_the_compiled_page_pool_is_pure(missing, checkout, tmp_path):
-    if missing == "compiler":
+    if missing != "pybind11":
         pytest.importorskip("pybind11", reason="needs pybind11")
     before, variables, reason = WITHOUT[missing]
     build = f"import sys; {before}\nimport setuptools.build_meta as build; build.build_wheel({str(tmp_path)!r})"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import shutil
 import subprocess
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -56,9 +60,10 @@ class Traces(RuleBasedStateMachine):
         self.contents: dict[int, int] = {}  # slot → prefix
         self.prefixes: dict[tuple[int, int], int] = {}  # (prefix before, token) → prefix
         self.committed: set[tuple[int, ...]] = set()
-        self.unknown, self.last = 0, []
+        self.unknown, self.last, self.steps = 0, [], 0
         self.source, self.mirror = self.pool.page_table, np.zeros_like(array(self.pool, "page_table"))
         self.at_commit: dict[int, set[tuple[int, ...]]] = {}
+        self.written: dict[int, int] = {}  # tokens of each sequence that the last commit covered
 
     def both(self, call):
         """The result of a call of both pools, or OutOfPages."""
@@ -109,13 +114,28 @@ class Traces(RuleBasedStateMachine):
     def state(self):
         return [(pool.num_free, [(pool.length(id), pool.pages(id)) for id in self.tokens]) for pool in self.pools]
 
-    def most_needed(self, extended):
+    def needed(self, extended):
+        """Pages, with those for a part-full last page that somebody else still holds when a sequence writes to it."""
+        holders = Counter(page for id in self.tokens for page in self.pool.pages(id))
         needed = 0
         for id, new in extended:
             count = new if isinstance(new, int) else len(new)
-            length = len(self.tokens[id])
-            needed += -(-(length + count) // self.page_size) - len(self.pool.pages(id)) + bool(length % self.page_size)
+            pages, length = self.pool.pages(id), len(self.tokens[id])
+            needed += -(-(length + count) // self.page_size) - len(pages)
+            if count and length % self.page_size:
+                holders[pages[-1]] -= 1
+                needed += holders[pages[-1]] > 0
         return needed
+
+    def take(self, call, extended):
+        """Copies of a call that extends sequences, or OutOfPages: where there are too few, and nothing has changed then."""
+        before, free, needed = self.state(), self.pool.num_free, self.needed(extended)
+        copies = self.both(call)
+        assert (copies is OutOfPages) == (needed > free)
+        assert copies is not OutOfPages or self.state() == before
+        if copies is not OutOfPages:
+            self.compute(copies, extended)
+        return copies
 
     token_lists = st.lists(st.integers(0, 1), max_size=9)
 
@@ -125,7 +145,7 @@ class Traces(RuleBasedStateMachine):
             tokens = [*data.draw(st.sampled_from(sorted(self.committed))), *tokens]
         id = self.both(lambda pool: pool.allocate(tokens))
         found = self.pool.length(id)
-        self.tokens[id] = list(tokens or [])[:found]
+        self.tokens[id], self.written[id] = list(tokens or [])[:found], found
         assert found == 0 or found < len(tokens) and found % self.page_size == 0 and tuple(self.tokens[id]) in self.committed
         if self.share and tokens:  # what somebody holds cannot have been evicted
             held = [end for end in range(0, len(tokens), self.page_size) for other, its in self.tokens.items()
@@ -145,29 +165,26 @@ class Traces(RuleBasedStateMachine):
             id: {tuple(its[:end]) for end in range(0, len(its) + 1, self.page_size) if min(its[:end], default=0) >= 0}
             for id, its in self.tokens.items()
         }
+        self.written = {id: len(its) for id, its in self.tokens.items()}
 
     @rule(id=sequences, new=st.one_of(token_lists, token_lists, token_lists, st.integers(0, 9)))  # nothing is shared after an unknown token
     def extended(self, id, new):
         self.extend(id, new)
 
     def extend(self, id, new):
-        before, most = self.state(), self.most_needed([(id, new)])
-        copies = self.both(lambda pool: pool.extend(id, new))
-        if copies is OutOfPages:
-            assert self.state() == before and most > self.pool.num_free
-        else:
-            self.compute(copies, [(id, new)])
+        self.take(lambda pool: pool.extend(id, new), [(id, new)])
 
     @rule(id=consumes(sequences))
     def free(self, id):
         self.both(lambda pool: pool.free(id))
         del self.tokens[id]
+        del self.written[id]
         self.at_commit.pop(id, None)
 
     @rule(target=sequences, id=sequences)
     def fork(self, id):
         copy = self.both(lambda pool: pool.fork(id))
-        self.tokens[copy] = list(self.tokens[id])
+        self.tokens[copy], self.written[copy] = list(self.tokens[id]), self.written[id]
         return copy
 
     @rule(id=sequences, data=st.data(), new=token_lists)
@@ -177,6 +194,7 @@ class Traces(RuleBasedStateMachine):
         length -= data.draw(st.integers(0, min(length, 3)) | st.integers(0, length))
         self.both(lambda pool: pool.truncate(id, length))
         del self.tokens[id][length:]
+        self.written[id] = min(self.written[id], length)
         self.at_commit[id] = {tokens for tokens in self.at_commit.get(id, ()) if len(tokens) <= length}
         self.extend(id, new)
 
@@ -185,7 +203,21 @@ class Traces(RuleBasedStateMachine):
         self.both(lambda pool: pool.commit())
         self.after_commit()
 
-    @rule(data=st.data(), again=st.booleans(), known=st.sampled_from([True, True, True, False]), commit=st.booleans())
+    @rule()
+    def abandon(self):
+        """The slots of tokens since the last commit hold something else: they are tokens that nobody knows."""
+        self.both(lambda pool: pool.abandon())
+        names: dict[int, int] = {}  # the same for all who share a slot
+        for id, tokens in self.tokens.items():
+            for position in range(self.written[id], len(tokens)):
+                slot = self.slot(id, position)
+                if slot not in names:
+                    (names[slot],) = self.named(1)
+                tokens[position] = names[slot]
+                self.contents[slot] = self.prefix(tokens[: position + 1])
+            self.written[id] = len(tokens)
+
+    @rule(data=st.data(), again=st.booleans(), known=st.sampled_from([True, True, True, False]), commit=st.sampled_from([True, True, False]))
     def step(self, data, again, known, commit):
         """again: the sequences of the step before, in their order."""
         ids = data.draw(st.permutations(sorted(self.tokens)))
@@ -195,24 +227,18 @@ class Traces(RuleBasedStateMachine):
         extended = list(zip(ids, news if known else counts))
         if commit:
             self.commit()
-        before, most = self.state(), self.most_needed(extended)
         steps = []
-        copies = self.both(lambda pool: steps.append(pool.step(np.array(ids, np.int64), counts, tokens)) or steps[-1].copies)
-        if copies is OutOfPages:  # committed or not, by how soon it was clear
-            self.note_committed()
-            assert most > min(before[0][0], self.pool.num_free)
-            assert not commit or self.state() == before
+        arrays = np.array(ids, np.int64), counts, tokens
+        if self.take(lambda pool: steps.append(pool.step(*arrays)) or steps[-1].copies, extended) is OutOfPages:
             return
-        self.after_commit()
-        self.compute(copies, extended)
-        self.last = ids
+        self.last, self.steps = ids, self.steps + 1
         for pool, made in zip(self.pools, steps):
             self.check_arrays(pool, made, ids, counts)
         self.check_changes(steps)
 
     def check_arrays(self, pool, made, ids, counts):
         batch, total = len(ids), sum(counts)
-        assert (made.batch, made.total_q, made.max_seqlen_q) == (batch, total, max(counts, default=0))
+        assert (made.number, made.batch, made.total_q, made.max_seqlen_q) == (self.steps, batch, total, max(counts, default=0))
         lengths = [len(self.tokens[id]) for id in ids]
         assert array(pool, "seqlens_k")[:batch].tolist() == lengths
         assert array(pool, "cache_seqlens")[:batch].tolist() == [n - c for n, c in zip(lengths, counts)]
@@ -299,18 +325,36 @@ def test_pages_are_shared_once_they_are_written(make):
     pool = make(20, 2)
     a = pool.allocate([1, 2, 3])
     pool.step([a], 3, [1, 2, 3])
-    assert pool.length(pool.allocate([1, 2, 3])) == 0, "the step is not computed yet"
     pool.step([a], 1, [4])
-    assert pool.length(pool.allocate([1, 2, 3])) == 2
+    assert pool.length(pool.allocate([1, 2, 3])) == 0, "nobody has said so"
     pool.commit()
     assert pool.length(pool.allocate([1, 2, 3, 4, 5])) == 4
+
+
+def test_what_is_abandoned_is_never_shared(make):
+    pool = make(20, 2)
+    a = write(pool, [1, 2, 3])
+    pool.step([a], 2, [4, 5])
+    b = pool.fork(a)
+    pool.abandon()
+    pool.commit()
+    assert pool.length(a) == pool.length(b) == 5, "the tokens are still there"
+    assert pool.length(pool.allocate([1, 2, 3, 4, 5])) == 2
+    pool.step([a, b], 1, [6, 6])
+    pool.commit()
+    assert pool.length(pool.allocate([1, 2, 3, 4, 5, 6, 7])) == 2, "nothing after it, of a fork either"
+    pool.truncate(a, 3)
+    pool.step([a], 2, [4, 5])
+    pool.commit()
+    assert pool.length(pool.allocate([1, 2, 3, 4, 5])) == 4, "computed again, it is"
 
 
 def test_two_who_computed_the_same_keep_one(make):
     pool = make(20, 2)
     a, b = pool.allocate(), pool.allocate()
-    made = pool.step([a, b], 5, [1, 2, 3, 4, 5] * 2)
+    pool.step([a, b], 5, [1, 2, 3, 4, 5] * 2)
     assert pool.num_free == 20 - 6
+    pool.commit()
     made = pool.step([a, b], 0)
     assert pool.num_free == 20 - 4 and pool.pages(a)[:2] == pool.pages(b)[:2] and made.num_changes == 2
     assert array(pool, "page_table")[1, :3].tolist() == pool.pages(b)
@@ -346,29 +390,41 @@ def test_fork_copies_a_part_full_page_once(make):
     assert len({pool.pages(id)[0] for id in (a, b, c)}) == 1
 
 
-def test_truncated_page_of_the_index_is_copied_before_it_is_written(make):
+def test_a_page_of_the_index_is_written_in_place_by_its_only_holder(make):
+    pool = make(1, 4)
+    a = write(pool, [1, 2, 3, 4])
+    pool.truncate(a, 3)
+    assert pool.step([a], 1, [9]).copies == [] and pool.pages(a) == [0]
+    pool.commit()
+    pool.free(a)
+    pool = make(20, 4)
+    a = write(pool, list(range(13)))
+    pages = pool.pages(a)
+    pool.truncate(a, 6)
+    assert pool.extend(a, [7, 7, 8]) == [] and pool.pages(a)[1] == pages[1]
+    pool.commit()
+    assert pool.length(pool.allocate(list(range(13)))) == 4, "the old page and what came after it are gone"
+    assert pool.length(pool.allocate([0, 1, 2, 3, 4, 5, 7, 7, 8, 9, 10, 11, 12])) == 8, "and not taken for what comes after the new one"
+
+
+def test_a_page_of_the_index_that_others_hold_is_copied(make):
     pool = make(20, 4)
     a = write(pool, list(range(9)))
     first = pool.pages(a)
+    b = pool.allocate(list(range(9)))
     pool.truncate(a, 6)
-    assert pool.num_free == 18
     assert pool.extend(a, [7, 7, 7]) == [(first[1], pool.pages(a)[1])]
-    assert pool.pages(pool.allocate(list(range(9)))) == first[:2], "still there for others"
+    assert pool.pages(b) == pool.pages(pool.allocate(list(range(9)))) == first[:2], "still there for others"
 
 
-def test_forks_of_a_page_of_the_index_all_copy_it(make):
-    pool = make(20, 4)
+def test_the_last_fork_of_a_page_of_the_index_need_not_copy_it(make):
+    pool = make(4, 4)
     a = write(pool, list(range(9)))
     pool.truncate(a, 6)
     b = pool.fork(a)
     source = pool.pages(a)[1]
-    assert [copied for copied, _ in pool.step([a, b]).copies] == [source, source]
-    assert pool.num_free == 20 - 3
-    c = pool.allocate()
-    pool.extend(c, 17 * 4)
-    assert pool.num_free == 0 and pool.pages(c).count(source) == 1
-    with pytest.raises(OutOfPages):
-        pool.extend(b, 4)
+    assert pool.step([a, b]).copies == [(source, pool.pages(a)[1])]
+    assert pool.pages(b)[1] == source and pool.num_free == 1
 
 
 def test_oldest_is_evicted_first_and_a_chain_from_its_end(make):
@@ -433,6 +489,130 @@ def test_a_row_shows_the_pages_that_came_after_a_truncation(make):
         assert array(pool, "page_table")[row, : len(pool.pages(id))].tolist() == pool.pages(id)
 
 
+def test_a_step_commits_nothing_and_where_it_raises_changes_nothing(make):
+    pool = make(5, 2)
+    a, b = pool.allocate(), pool.allocate()
+    pool.step([a, b], 4, [1, 2, 3, 4] * 2)
+    with pytest.raises(OutOfPages, match="needs 2 pages, of 5 there are 1 free"):
+        pool.step([a, b])
+    assert not set(pool.pages(a)) & set(pool.pages(b)) and pool.length(pool.allocate([1, 2, 3])) == 0
+    pool.commit()
+    assert pool.pages(a) == pool.pages(b) and pool.step([a, b]).number == 2
+
+
+def test_neither_copied_nor_pickled(make):
+    pool = make(4, 4)
+    for call in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError):
+            call(pool)
+
+
+class Raises:
+    """An int whose value, or a list whose items, cannot be had."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __index__(self):
+        raise self.error
+
+    def __iter__(self):
+        yield 1
+        raise self.error
+
+
+class NoLength(Raises):
+    @property
+    def __len__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, TypeError, OverflowError])
+def test_errors_of_the_arguments_own_go_through(make, error):
+    pool, mine = make(4, 4), error("mine")
+    calls = [lambda: pool.free(Raises(mine)), lambda: pool.allocate(iter(Raises(mine))), lambda: pool.step([], NoLength(mine))]
+    if error is not TypeError:  # which an item that is no int raises
+        calls.append(lambda: pool.allocate([Raises(mine)]))
+    for call in calls:
+        with pytest.raises(error) as raised:
+            call()
+        assert raised.value is mine
+
+
+def test_a_buffer_that_cannot_be_had_is_none(make):
+    pool = make(8, 2)
+    dates = np.array(["2020-01-01"], "datetime64[D]")  # its items are no ints either
+    with pytest.raises(TypeError, match="PagePool.allocate: tokens must be 1-D ints, got ndarray"):
+        pool.allocate(dates)
+    released = memoryview(np.arange(4))
+    released.release()
+    with pytest.raises(ValueError, match="released memoryview"):
+        pool.allocate(released)
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from fastattn import page_pool
+
+pool = getattr(page_pool, sys.argv[1])(30_000, 1)
+a = pool.allocate()
+pool.step([a], 3)
+b = pool.fork(a)
+rows = [pool.allocate() for _ in range(10_000)]
+state = lambda: [(pool.num_free, pool.length(a), pool.pages(a), pool.pages(b), memoryview(pool.slots)[:3].tolist())]
+before = state()
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
+try:
+    pool.step([a, *rows], [29_000] + [0] * 10_000)  # a page table of 1.2 GB
+except MemoryError:
+    assert state() == before
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    assert pool.step([a, b]).number == 2 and pool.length(a) == pool.length(b) == 4
+    print("as before")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's memory limits")
+def test_a_step_that_runs_out_of_memory_changes_nothing(make):
+    """The sanitized replay does so at every allocation of every call."""
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, make.__name__], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "as before\n", done.stderr
+
+
+BROKEN = """
+import importlib.abc, importlib.machinery, sys, warnings
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastattn._page_pool":
+            raise {error}
+
+sys.meta_path.insert(0, Finder())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from fastattn import page_pool
+assert page_pool.PagePool is page_pool.PythonPagePool and not page_pool.COMPILED
+print([str(w.message) for w in caught if w.category is RuntimeWarning and "page pool" in str(w.message)])
+"""
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        ('ModuleNotFoundError("none", name="fastattn._page_pool")', []),
+        ('ImportError("undefined symbol: x")', ["undefined symbol: x"]),
+        ('ModuleNotFoundError("No module named \'other\'", name="other")', ["No module named 'other'"]),
+    ],
+    ids=["not built", "broken", "needs another"],
+)
+def test_a_compiled_pool_that_does_not_load_is_missed_aloud(error, said):
+    done = subprocess.run([sys.executable, "-c", BROKEN.format(error=error)], capture_output=True, text=True, timeout=120)
+    expected = [f"fastattn: the compiled page pool cannot be imported, and the Python one stands in: {what}" for what in said]
+    assert done.stdout == f"{expected}\n", done.stderr
+
+
 def test_a_batch_of_none(make):
     made = make(4, 4).step([], 5)
     assert (made.batch, made.total_q, made.max_seqlen_q, made.num_changes, made.copies) == (0, 0, 0, 0, [])
@@ -468,6 +648,7 @@ ERRORS = {
     "named twice": (lambda p: p.step([0, 1, 0]), ValueError, "PagePool.step: ids must be distinct, got 0 twice"),
     "negative": (lambda p: p.extend(0, -1), ValueError, "PagePool.extend: new must not be negative, got -1"),
     "negative in a step": (lambda p: p.step([0, 1], [1, -2]), ValueError, "PagePool.step: new must not be negative, got -2"),
+    "negative in a step of none": (lambda p: p.step([], -5), ValueError, "PagePool.step: new must not be negative, got -5"),
     "counts": (lambda p: p.step([0, 1], [1]), ValueError, "PagePool.step: new must be one int, or 2 to match ids, got 1"),
     "tokens": (lambda p: p.step([0, 1], 2, [1, 2, 3]), ValueError, "PagePool.step: tokens must hold the 4 new ones, got 3"),
     "huge": (lambda p: p.extend(0, 2**62), OutOfPages, "PagePool.extend: 4611686018427387904 new tokens do not fit 10 pages of 4"),
@@ -479,6 +660,7 @@ ERRORS = {
     "0-D": (lambda p: p.step(np.array(0)), TypeError, "PagePool.step: ids must be 1-D ints, got ndarray"),
     "floats": (lambda p: p.allocate([1.5]), TypeError, "PagePool.allocate: tokens must be 1-D ints, got list"),
     "float tensor": (lambda p: p.extend(0, torch.ones(2)), TypeError, "PagePool.extend: new must be 1-D ints, got Tensor"),
+    "a class": (lambda p: p.free(int), TypeError, "PagePool.free: id must be an int, got type"),
     "no list": (lambda p: p.allocate(5), TypeError, "PagePool.allocate: tokens must be 1-D ints, got int"),
     "beyond 64 bits in a list": (lambda p: p.allocate([2**64]), ValueError, "PagePool.allocate: tokens must fit 64 bits"),
 }  # fmt: skip
@@ -560,10 +742,13 @@ class Recorder:
             parts = [row(array(self.pool, name)[:n].tolist()) for name, n in zip(VECTORS, used)]
             parts += [row(array(self.pool, "changes")[:counted].ravel().tolist())] if counted >= 0 else []
             parts += [row(array(self.pool, "page_table")[: answer.batch].ravel().tolist())]
-            return f"{answer.max_seqlen_q} {counted} | " + row(sum(answer.copies, ())) + "".join(parts)
+            return f"{answer.number} {answer.max_seqlen_q} {counted} | " + row(sum(answer.copies, ())) + "".join(parts)
         if isinstance(answer, list):
             return row(sum(answer, ()) if answer and isinstance(answer[0], tuple) else answer)
         return "" if answer is None else f"{answer} "
+
+
+CALLS = {"allocate": 4, "extend": 3, "step": 6, "fork": 2, "free": 3, "truncate": 2, "commit": 4, "abandon": 1, "pages": 1}  # how often
 
 
 def random_trace(seed, calls):
@@ -572,7 +757,7 @@ def random_trace(seed, calls):
     live = []
     tokens = lambda most: [rng.randint(0, 1) for _ in range(rng.randint(0, most))]  # noqa: E731
     for _ in range(calls):
-        name = rng.choices(["allocate", "extend", "step", "fork", "free", "truncate", "commit", "pages"], [4, 3, 6, 2, 3, 2, 1, 1])[0]
+        name = rng.choices(list(CALLS), list(CALLS.values()))[0]
         id = rng.choice(live) if live and rng.random() < 0.97 else rng.randint(-1, 99)
         if name == "allocate":
             live.append(int(record(name, tokens(12)).split()[0]))
@@ -591,20 +776,27 @@ def random_trace(seed, calls):
             record(name, id, rng.randint(0, record.pool.length(id) + 1 if id in live else 3))
         elif name == "pages":
             record(name, id)
-        elif name == "commit":
+        elif name in ("commit", "abandon"):
             record(name)
     return record
 
 
 @pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 2000), marks=pytest.mark.more)], ids=["some", "many"])
 def test_sanitized_replay_answers_as_the_python_pool(replay, seeds):
-    """Half of the traces hash every prefix to one value, or to four: equal hashes must not share."""
+    """Most of the traces hash every prefix to one value, or to four: equal hashes must not share. Every call runs out of memory first."""
     for seed in seeds:
         record = random_trace(seed, calls=200)
         done = subprocess.run([replay], input="\n".join(record.lines) + "\n", capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"seed {seed}:\n{done.stderr}"
         for line, expected, got in zip(record.lines[1:], record.answers, done.stdout.splitlines(), strict=True):
             assert got == expected, f"seed {seed}: {line}"
+
+
+def test_children_of_different_prefixes_have_different_hashes(replay):
+    lines = [f"hash {before} 2 {(before + 1) ^ 12345} 7" for before in range(100)] + [f"hash {before} 2 {before ^ 12345} 7" for before in range(100)]
+    trace = "\n".join([f"10 2 {2**63 - 1}", *lines]) + "\n"
+    done = subprocess.run([replay], input=trace, capture_output=True, text=True, timeout=60, check=True)
+    assert len(set(done.stdout.splitlines())) == 200
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -83,6 +83,31 @@ def test_a_fixed_split_gives_the_same_bits_in_any_company(num_splits):
 
 
 @pytest.mark.both
+@pytest.mark.parametrize("num_splits", [8, 40])
+def test_nor_does_the_number_of_rows_change_a_bit(num_splits):
+    """With those of 40 sequences, the splits are merged in larger tiles."""
+    lengths = torch.full((40,), 253, dtype=torch.int32)
+    cache, table = torch.randn(16, 16, 1, 16), torch.arange(16, dtype=torch.int32).expand(40, -1)
+    q = torch.randn(40, 1, 32, 16)
+    together = paged(q, cache, cache, table, lengths, num_splits=num_splits)
+    for b in (0, 39):
+        row = slice(b, b + 1)
+        alone = paged(q[row], cache, cache, table[row], lengths[row], num_splits=num_splits)
+        assert torch.equal(alone[0], together[0][row]) and torch.equal(alone[1], together[1][row])
+
+
+@pytest.mark.parametrize("page_size", [16, 5000])
+def test_a_fixed_split_on_the_cpu_gives_the_same_bits_in_any_company(page_size):
+    arguments, _ = Case((3900, *[3000] * 7), H=8, page_size=page_size, dtype=F32).arguments()
+    together = paged(*arguments, num_splits=4)
+    q, *caches, table, lengths = arguments
+    for b in range(3):
+        row = slice(b, b + 1)
+        alone = paged(q[row], *caches, table[row], lengths[row], num_splits=4)
+        assert torch.equal(alone[0], together[0][row]) and torch.equal(alone[1], together[1][row])
+
+
+@pytest.mark.both
 def test_pages_may_repeat_and_be_shared():
     k_cache, v_cache = torch.randn(2, 4, 16, 2, 64).unbind(0)
     table = torch.tensor([[1, 1, 3], [1, 2, 1]], dtype=torch.int32)
@@ -238,6 +263,14 @@ def test_no_cu_seqlens_makes_it_read_outside(cu_seqlens):
 
 
 @pytest.mark.interpret
+def test_no_bound_on_the_queries_makes_it_read_outside():
+    arguments, options = Case(packed=(2, 3, 4), dtype=F32).arguments()
+    expected = paged(*arguments, **options)
+    for bound in (2**28 + 1000, 2**31 - 1):
+        assert_same(paged(*arguments, **options | {"max_seqlen_q": bound}), expected)
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_program_order_does_not_matter(num_splits):
     from fastattn.testing.checker import assert_order_independent
@@ -307,6 +340,15 @@ def test_memory_does_not_grow_with_the_length(page_size, cache):
     assert largest[1] < 8 << 20
 
 
+@pytest.mark.parametrize("slopes", [None, (8,)])
+def test_memory_does_not_grow_with_queries_times_keys(slopes):
+    for length in (2048, 6000):
+        arguments, options = Case((length,), S_q=length, H=8, H_kv=1, D=16, D_v=16, slopes=slopes, dtype=F32).arguments()
+        with LargestAllocation() as seen:
+            fastattn.paged_attention(*arguments, **options)
+        assert seen.bytes < 20 << 20
+
+
 @pytest.mark.parametrize("lengths", [(1,), (512,), (513,), (1500, 3, 700), (600,) * 3], ids=str)
 @pytest.mark.parametrize("page_size", [1, 16, 500, 512, 513, 4096])
 def test_chunks(lengths, page_size):
@@ -370,6 +412,14 @@ ERRORS = [
     (ValueError, r"num_splits must lie in \[0, 256\], got 257", dict(num_splits=257)),
     (TypeError, r"num_splits must be an int, got float", dict(num_splits=1.5)),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [(2**31 - 1, None), (None, None), (40, 0)])
+def test_no_window_hides_a_page_that_is_used(window):
+    cache, lengths = torch.randn(3, 16, 1, 16), torch.tensor([2], dtype=torch.int32)
+    for page in (-1, 77):
+        with pytest.raises(ValueError, match=rf"paged_attention: page_table must hold pages in .*, got {page} at \[0, 0\]"):
+            fastattn.paged_attention(torch.randn(1, 5, 1, 16), cache, cache, torch.tensor([[page]], dtype=torch.int32), lengths, window=window)
 
 
 @pytest.mark.parametrize("error, message, changes", ERRORS, ids=[message[:50] for _, message, _ in ERRORS])
@@ -513,6 +563,14 @@ def test_a_contiguous_cache_of_any_length_is_one_variant():
 
     launches = launched_on((9, 0), calls)
     assert len({launch.compiled.hash for launch in launches if launch.name == "_paged_attention_kernel"}) == 1
+
+
+def test_scales_of_any_float_dtype_compile():
+    (q, *rest), _ = Case(cache=INT8, dtype=BF16).arguments()
+    for dtype in (torch.float64, F16):
+        scale = torch.ones(2, dtype=dtype)
+        arguments = q, *rest, None, None, None, scale, scale, None, 1, None, 0, 0.125, 0.0, 1
+        assert len(launched_on((9, 0), lambda arguments=arguments: cuda(arguments))) == 1
 
 
 def test_too_many_programs_are_refused():

@@ -60,6 +60,16 @@ def test_sequences_give_way_where_pages_are_short():
     assert cache.num_free == cache.num_pages
 
 
+def test_those_that_gave_way_wait_until_one_ends(monkeypatch):
+    model, taken = tiny("llama"), []
+    cache = serving.cache_for(model, 6, page_size=4)
+    step = cache.step
+    monkeypatch.setattr(cache, "step", lambda *args: taken.append(len(args[0])) or step(*args))
+    answers = serving.generate(model, prompts((4,) * 10), max_new_tokens=8, cache=cache, stop=())
+    assert [len(answer) for answer in answers] == [8] * 10
+    assert len(taken) < 10 * 8
+
+
 def test_equal_prefixes_are_computed_once():
     model, prefix = tiny("llama"), prompts((40,))[0]
     cache = serving.cache_for(model, 100, page_size=8)
@@ -77,11 +87,23 @@ def test_answers_come_as_they_end():
     assert order == [1, 2, 0]
 
 
+def test_between_two_answers_the_model_is_its_owner_s():
+    model = tiny("llama")
+    implementation, plain = model.config._attn_implementation, model(torch.tensor([[5, 6]])).logits
+    first, second = (serving.stream(model, prompts(), max_new_tokens=NEW, max_sequences=1, stop=()) for _ in range(2))
+    answers = [[next(first)], [next(second)]]
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(torch.tensor([[5, 6]])).logits, plain)
+    answers[0] += first
+    answers[1] += second
+    assert answers[0] == answers[1] == list(enumerate(serving.generate(model, prompts(), max_new_tokens=NEW, stop=())))
+
+
 def test_stop_tokens_end_an_answer():
     model = tiny("llama")
     (free,) = serving.generate(model, prompts((5,)), max_new_tokens=NEW, stop=())
     assert len(free) == NEW
-    for stop in (free[4], [free[4], 95]):
+    for stop in (free[4], [free[4], 95], torch.tensor(free[4]).numpy()[()]):
         assert serving.generate(model, prompts((5,)), max_new_tokens=NEW, stop=stop) == [free[: free.index(free[4]) + 1]]
 
 
@@ -100,6 +122,9 @@ def test_errors():
     with pytest.raises(ValueError, match="stream: prompts must hold at least one token each, prompt 1 has none"):
         serving.generate(model, [[5], []], max_new_tokens=3)
     assert serving.generate(model, []) == []
+    for name in ("max_new_tokens", "max_sequences", "chunk"):
+        with pytest.raises(ValueError, match=f"stream: {name} must be at least 1, got 0"):
+            serving.generate(model, [[5]], **{name: 0})
     serving.register()
     model.set_attn_implementation(serving.NAME)
     with pytest.raises(ValueError, match="fastattn_paged: the model must be called with kv_cache=, a PagedKVCache"):

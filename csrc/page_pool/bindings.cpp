@@ -17,15 +17,25 @@ namespace {
   throw py::type_error(where + ": " + name + " must be " + must + ", got " + kind);
 }
 
-// Arrays and tensors of one element have __index__ too, and are no ints.
-bool is_integer(py::handle value) {
-  return PyLong_Check(value.ptr()) || (PyIndex_Check(value.ptr()) && !py::hasattr(value, "__len__"));
+// An expected error of Python's is cleared; any other goes on to the caller.
+void clear_if(PyObject* expected) {
+  if (!PyErr_ExceptionMatches(expected)) throw py::error_already_set();
+  PyErr_Clear();
 }
+
+bool has(py::handle value, const char* name) {
+  if (py::reinterpret_steal<py::object>(PyObject_GetAttrString(value.ptr(), name))) return true;
+  clear_if(PyExc_AttributeError);
+  return false;
+}
+
+// Arrays and tensors of one element have __index__ too, and are no ints.
+bool is_integer(py::handle value) { return PyLong_Check(value.ptr()) || (PyIndex_Check(value.ptr()) && !has(value, "__len__")); }
 
 int64_t as_int64(const std::string& where, const char* name, py::handle index) {
   const int64_t value = PyLong_AsLongLong(index.ptr());
   if (value == -1 && PyErr_Occurred()) {
-    PyErr_Clear();
+    clear_if(PyExc_OverflowError);
     throw std::invalid_argument(where + ": " + name + " must fit 64 bits");
   }
   return value;
@@ -42,21 +52,7 @@ int64_t integer(const std::string& where, const char* name, py::handle value) {
 class Integers {
  public:
   Integers(const std::string& where, const char* name, const py::object& values) {
-    if (PyObject_CheckBuffer(values.ptr())) {
-      buffer_ = py::buffer(values).request();
-      if (buffer_->ndim == 1 && buffer_->itemsize == 8 && buffer_->strides[0] == 8 && (buffer_->format == "l" || buffer_->format == "q"))
-        return;
-      buffer_.reset();
-    }
-    py::object list = py::hasattr(values, "tolist") ? values.attr("tolist")() : values;
-    auto iterator = py::reinterpret_steal<py::object>(PyObject_GetIter(list.ptr()));
-    if (!iterator) clear_and_reject(where, name, values);
-    while (auto item = py::reinterpret_steal<py::object>(PyIter_Next(iterator.ptr()))) {
-      auto index = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
-      if (!index) clear_and_reject(where, name, values);
-      copied_.push_back(as_int64(where, name, index));
-    }
-    if (PyErr_Occurred()) throw py::error_already_set();
+    if (!borrow(values)) copy(where, name, values);
   }
 
   Integers(int64_t value, int64_t repeats) : copied_(repeats, value) {}
@@ -67,20 +63,52 @@ class Integers {
   }
 
  private:
-  [[noreturn]] static void clear_and_reject(const std::string& where, const char* name, const py::object& values) {
-    PyErr_Clear();
-    reject(where, name, "1-D ints", values);
+  bool borrow(const py::object& values) {
+    if (!PyObject_CheckBuffer(values.ptr())) return false;
+    try {
+      buffer_ = py::buffer(values).request();
+    } catch (const py::error_already_set& error) {  // it has none to give
+      if (!error.matches(PyExc_Exception)) throw;
+      return false;
+    }
+    if (buffer_->ndim == 1 && buffer_->itemsize == 8 && buffer_->strides[0] == 8 && (buffer_->format == "l" || buffer_->format == "q"))
+      return true;
+    buffer_.reset();
+    return false;
+  }
+
+  void copy(const std::string& where, const char* name, const py::object& values) {
+    const auto reject_if_type_error = [&] {
+      clear_if(PyExc_TypeError);
+      reject(where, name, "1-D ints", values);
+    };
+    py::object list = has(values, "tolist") ? values.attr("tolist")() : values;
+    auto iterator = py::reinterpret_steal<py::object>(PyObject_GetIter(list.ptr()));
+    if (!iterator) reject_if_type_error();
+    const auto items = py::reinterpret_steal<py::list>(PySequence_List(iterator.ptr()));
+    if (!items) throw py::error_already_set();
+    for (py::handle item : items) {
+      auto index = py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
+      if (!index) reject_if_type_error();
+      copied_.push_back(as_int64(where, name, index));
+    }
   }
 
   std::optional<py::buffer_info> buffer_;
   std::vector<int64_t> copied_;
 };
 
+Integers counts_of(const PagePool& pool, const char* where, const py::object& added, int64_t batch) {
+  if (!is_integer(added)) return Integers(where, "new", added);
+  const int64_t count = integer(where, "new", added);
+  pool.check_count(where, count);  // of no sequence at all, too
+  return Integers(count, batch);
+}
+
 PoolStep py_step(PagePool& pool, const py::object& ids, const py::object& counts, const py::object& tokens) {
   const char* where = "PagePool.step";
   const Integers id_values(where, "ids", ids);
-  const Integers count_values = is_integer(counts) ? Integers(integer(where, "new", counts), id_values.view().size)
-                                                   : Integers(where, "new", counts);
+  const Integers count_values = counts_of(pool, where, counts, id_values.view().size);
   if (tokens.is_none()) return pool.step(id_values.view(), count_values.view(), nullptr);
   const Integers token_values(where, "tokens", tokens);
   const Ints view = token_values.view();
@@ -122,13 +150,14 @@ py::buffer_info buffer_of(Array& array) {
 PYBIND11_MODULE(_page_pool, module) {
   module.doc() = "The page pool in C++; fastattn.page_pool says what it does.";
   py::register_exception<OutOfPages>(module, "OutOfPages", PyExc_RuntimeError)
-      .doc() = "There are fewer free pages than a call needs; it has taken none.";
+      .doc() = "There are fewer free pages than a call needs; it has changed nothing.";
 
   py::class_<Array, ArrayPtr>(module, "Array", py::buffer_protocol(), "int32, for numpy.asarray and torch.frombuffer.")
       .def_property_readonly("shape", [](const Array& array) { return py::tuple(py::cast(array.shape)); })
       .def_buffer(&buffer_of);
 
   py::class_<PoolStep>(module, "PoolStep", "See fastattn.page_pool.PoolStep.")
+      .def_readonly("number", &PoolStep::number)
       .def_readonly("batch", &PoolStep::batch)
       .def_readonly("total_q", &PoolStep::total_q)
       .def_readonly("max_seqlen_q", &PoolStep::max_seqlen_q)
@@ -160,5 +189,6 @@ PYBIND11_MODULE(_page_pool, module) {
       .def("fork", [](PagePool& pool, py::object id) { return pool.fork(integer("PagePool.fork", "id", id)); }, py::arg("id"))
       .def("truncate", &py_truncate, py::arg("id"), py::arg("length"))
       .def("commit", &PagePool::commit)
+      .def("abandon", &PagePool::abandon)
       .def("step", &py_step, py::arg("ids"), py::arg("new") = 1, py::arg("tokens") = py::none());
 }

@@ -18,6 +18,16 @@ int64_t checked(const char* name, int64_t value) {
   return value;
 }
 
+int64_t grown(int64_t needed, int64_t old) { return needed > old ? std::max(needed, 2 * old) : old; }
+
+// splitmix64: one changed bit anywhere changes half of the result.
+uint64_t mixed(uint64_t value) {
+  value += 0x9e3779b97f4a7c15;
+  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9;
+  value = (value ^ (value >> 27)) * 0x94d049bb133111eb;
+  return value ^ (value >> 31);
+}
+
 }  // namespace
 
 Array::Array(std::vector<int64_t> sizes) : shape(std::move(sizes)) {
@@ -34,10 +44,16 @@ PagePool::PagePool(int64_t num_pages, int64_t page_size, bool share_prefixes, ui
       rows_(1) {
   if (num_pages > (kLimit - 1) / page_size)
     throw std::invalid_argument(std::string("PagePool: num_pages * page_size must be below 2**31, got ") + num_pages + " * " + page_size);
+  free_.reserve(num_pages);
   for (int64_t page = num_pages; page-- > 0;) free_.push_back(static_cast<int32_t>(page));
   pages_.resize(num_pages);
-  // Not zeroed: the system hands out memory for what is written alone.
-  if (share_prefixes) tokens_.reset(new int64_t[num_pages * page_size]);
+  if (share_prefixes) {
+    int64_t buckets = 1;
+    while (buckets < num_pages) buckets *= 2;
+    buckets_.assign(buckets, kNone);
+    // Not zeroed: the system hands out memory for what is written alone.
+    tokens_.reset(new int64_t[num_pages * page_size]);
+  }
   page_table = std::make_shared<Array>(std::vector<int64_t>{1, 1});
   for (ArrayPtr* array : {&cache_seqlens, &seqlens_k, &cu_seqlens_q, &slots, &positions})
     *array = std::make_shared<Array>(std::vector<int64_t>{1});
@@ -47,17 +63,19 @@ PagePool::PagePool(int64_t num_pages, int64_t page_size, bool share_prefixes, ui
 int64_t PagePool::allocate(Ints tokens) {
   Sequence sequence;
   if (share_prefixes_) {
+    int64_t before = kRoot;
     for (int64_t start = 0; start + page_size_ < tokens.size; start += page_size_) {
-      const int32_t before = sequence.pages.empty() ? kNone : sequence.pages.back();
       const int32_t page = lookup(hash(before, tokens.data + start), before, tokens.data + start);
       if (page == kNone) break;
-      hold(page);
       sequence.pages.push_back(page);
+      before = pages_[page].number;
     }
     sequence.indexed = count(sequence.pages);
     sequence.length = sequence.known = sequence.indexed * page_size_;
   }
-  return add(std::move(sequence));
+  const int64_t id = add(std::move(sequence));
+  for (int32_t page : sequences_.at(id).pages) hold(page);
+  return id;
 }
 
 Copies PagePool::extend(int64_t id, int64_t count, const int64_t* tokens) {
@@ -65,10 +83,9 @@ Copies PagePool::extend(int64_t id, int64_t count, const int64_t* tokens) {
   Sequence& sequence = find(where, id);
   check_count(where, count);
   Sequence* batch = &sequence;
-  reserve(where, &batch, &count, 1);
-  Copies copies;
-  append(id, sequence, count, tokens, copies);
-  let_go_of_sources(copies);
+  Copies copies = check_room(where, &batch, &count, 1);
+  prepare(id, sequence, count, tokens);
+  append(sequence, count, tokens, copies);
   return copies;
 }
 
@@ -81,15 +98,12 @@ void PagePool::free(int64_t id) {
 }
 
 int64_t PagePool::fork(int64_t id) {
-  const Sequence& sequence = find("PagePool.fork", id);
-  for (int32_t page : sequence.pages) hold(page);
-  Sequence copy;
-  copy.length = sequence.length;
-  copy.known = sequence.known;
-  copy.indexed = sequence.indexed;
-  copy.pages = sequence.pages;
+  Sequence copy = find("PagePool.fork", id);
+  copy.row = kNone;
+  copy.clean = 0;
+  if (uncommitted_.count(id)) uncommitted_.insert(next_id_);
   const int64_t new_id = add(std::move(copy));
-  note_uncommitted(new_id, sequences_.at(new_id));
+  for (int32_t page : sequences_.at(new_id).pages) hold(page);
   return new_id;
 }
 
@@ -102,29 +116,71 @@ void PagePool::truncate(int64_t id, int64_t length) {
   let_go_from(sequence, kept);
   sequence.length = length;
   sequence.known = std::min(sequence.known, length);
+  sequence.committed = std::min(sequence.committed, length);
   sequence.indexed = std::min(sequence.indexed, length / page_size_);
   sequence.clean = std::min(sequence.clean, kept);
 }
 
 void PagePool::commit() {
-  for (int64_t id : uncommitted_) index_full_pages(sequences_.at(id));
+  for (int64_t id : uncommitted_) {
+    const auto found = sequences_.find(id);
+    if (found != sequences_.end()) index_full_pages(found->second);  // a fork that ran out of memory has none
+  }
+  end_round();
+}
+
+void PagePool::abandon() {
+  for (auto& [id, sequence] : sequences_)
+    if (sequence.round == round_) sequence.known = std::min(sequence.known, sequence.committed);
+  end_round();
+}
+
+void PagePool::end_round() {
   uncommitted_.clear();
+  ++round_;
 }
 
 PoolStep PagePool::step(Ints ids, Ints counts, const Ints* tokens) {
   const char* where = "PagePool.step";
+  check_step(where, ids, counts, tokens);
+  const int64_t batch = ids.size;
+  const auto tokens_at = [&](int64_t start) { return tokens ? tokens->data + start : nullptr; };
+  Copies copies = check_room(where, batch_.sequences.data(), counts.data, batch);
+  for (int64_t row = 0, start = 0; row < batch; start += counts.data[row++])
+    prepare(ids.data[row], *batch_.sequences[row], counts.data[row], tokens_at(start));
+  const bool whole = grow_arrays(batch, batch_.columns, batch_.total);
+
+  int64_t num_changes = whole ? kUncounted : 0;
+  int32_t start = 0;
+  cu_seqlens_q->values[0] = 0;
+  for (int64_t row = 0; row < batch; ++row) {
+    Sequence& sequence = *batch_.sequences[row];
+    const int64_t length = sequence.length, added = counts.data[row];
+    append(sequence, added, tokens_at(start), copies);
+    write_slots(sequence, length, start);
+    start += static_cast<int32_t>(added);
+    cache_seqlens->values[row] = static_cast<int32_t>(length);
+    seqlens_k->values[row] = static_cast<int32_t>(sequence.length);
+    cu_seqlens_q->values[row + 1] = start;
+    num_changes = write_row(row, ids.data[row], sequence, num_changes);
+  }
+  return {++steps_, batch, batch_.total, batch_.most, num_changes, std::move(copies)};
+}
+
+// Fills batch_.
+void PagePool::check_step(const char* where, Ints ids, Ints counts, const Ints* tokens) {
   const int64_t batch = ids.size;
   if (counts.size != batch)
     throw std::invalid_argument(std::string(where) + ": new must be one int, or " + batch + " to match ids, got " + counts.size);
-  int64_t total = 0, most = 0, columns = 0;
+  batch_.total = batch_.most = batch_.columns = 0;
   for (int64_t row = 0; row < batch; ++row) {
     check_count(where, counts.data[row]);
-    total += counts.data[row];
-    most = std::max(most, counts.data[row]);
+    batch_.total += counts.data[row];
+    batch_.most = std::max(batch_.most, counts.data[row]);
   }
-  if (tokens && tokens->size != total)
-    throw std::invalid_argument(std::string(where) + ": tokens must hold the " + total + " new ones, got " + tokens->size);
-  batch_.resize(batch);
+  if (tokens && tokens->size != batch_.total)
+    throw std::invalid_argument(std::string(where) + ": tokens must hold the " + batch_.total + " new ones, got " + tokens->size);
+  batch_.sequences.resize(batch);
   ++attempts_;
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t id = ids.data[row];
@@ -133,33 +189,12 @@ PoolStep PagePool::step(Ints ids, Ints counts, const Ints* tokens) {
     Sequence& sequence = same ? *rows_[row].sequence : find(where, id);
     if (sequence.seen_at == attempts_) throw std::invalid_argument(std::string(where) + ": ids must be distinct, got " + id + " twice");
     sequence.seen_at = attempts_;
-    batch_[row] = &sequence;
-    columns = std::max(columns, pages_for(sequence.length + counts.data[row]));
+    batch_.sequences[row] = &sequence;
+    batch_.columns = std::max(batch_.columns, pages_for(sequence.length + counts.data[row]));
   }
-  if (columns > 0 && batch > (kLimit - 1) / columns)
+  if (batch_.columns > 0 && batch > (kLimit - 1) / batch_.columns)
     throw std::invalid_argument(
-        std::string(where) + ": the page table must have fewer than 2**31 entries, got " + batch + " * " + columns);
-
-  commit();
-  reserve(where, batch_.data(), counts.data, batch);
-  const bool whole = grow_arrays(batch, columns, total);
-  int64_t num_changes = whole ? kUncounted : 0;
-  Copies copies;
-  int32_t start = 0;
-  cu_seqlens_q->values[0] = 0;
-  for (int64_t row = 0; row < batch; ++row) {
-    Sequence& sequence = *batch_[row];
-    const int64_t length = sequence.length, added = counts.data[row];
-    append(ids.data[row], sequence, added, tokens ? tokens->data + start : nullptr, copies);
-    write_slots(sequence, length, start);
-    start += static_cast<int32_t>(added);
-    cache_seqlens->values[row] = static_cast<int32_t>(length);
-    seqlens_k->values[row] = static_cast<int32_t>(sequence.length);
-    cu_seqlens_q->values[row + 1] = start;
-    num_changes = write_row(row, ids.data[row], sequence, num_changes);
-  }
-  let_go_of_sources(copies);
-  return {batch, total, most, num_changes, std::move(copies)};
+        std::string(where) + ": the page table must have fewer than 2**31 entries, got " + batch + " * " + batch_.columns);
 }
 
 // Sequences
@@ -181,87 +216,96 @@ void PagePool::check_count(const char* where, int64_t count) const {
     throw OutOfPages(std::string(where) + ": " + count + " new tokens do not fit " + num_pages_ + " pages of " + page_size_);
 }
 
-void PagePool::reserve(const char* where, Sequence* const* batch, const int64_t* counts, int64_t size) {
+// Returns room for the copies.
+Copies PagePool::check_room(const char* where, Sequence* const* batch, const int64_t* counts, int64_t size) const {
   int64_t needed = 0;
+  size_t copies = 0;
+  std::unordered_map<int32_t, int32_t> others;  // of pages with several holders alone
   for (int64_t i = 0; i < size; ++i) {
-    Sequence& sequence = *batch[i];
+    const Sequence& sequence = *batch[i];
     needed += pages_for(sequence.length + counts[i]) - count(sequence.pages);
-    sequence.copying = false;
     if (counts[i] == 0 || sequence.length % page_size_ == 0) continue;
-    Page& last = pages_[sequence.pages.back()];
-    if (last.refs > 1 || last.indexed) {
-      sequence.copying = true;
-      if (!last.indexed) --last.refs;
-      ++needed;
-    }
+    const int32_t last = sequence.pages.back();
+    if (pages_[last].refs > 1) copies += --others.emplace(last, pages_[last].refs).first->second > 0;
   }
-  if (needed <= num_free()) return;
-  for (int64_t i = 0; i < size; ++i) {
-    if (!batch[i]->copying) continue;
-    Page& last = pages_[batch[i]->pages.back()];
-    if (!last.indexed) ++last.refs;
-  }
-  throw OutOfPages(std::string(where) + ": needs " + needed + " pages, of " + num_pages_ + " there are " + num_free() + " free");
+  needed += static_cast<int64_t>(copies);
+  if (needed > num_free())
+    throw OutOfPages(std::string(where) + ": needs " + needed + " pages, of " + num_pages_ + " there are " + num_free() + " free");
+  Copies room;
+  room.reserve(copies);
+  return room;
 }
 
-void PagePool::append(int64_t id, Sequence& sequence, int64_t added, const int64_t* tokens, Copies& copies) {
-  if (sequence.copying) {
-    const int32_t source = sequence.pages.back(), target = take();
-    copies.emplace_back(source, target);
-    if (share_prefixes_) std::copy_n(tokens_of(source), page_size_, tokens_of(target));
-    sequence.pages.back() = target;
-    sequence.clean = std::min(sequence.clean, count(sequence.pages) - 1);
-  }
+// Whether the ids of tokens that are appended are kept.
+bool PagePool::notes(const Sequence& sequence, const int64_t* tokens) const {
+  return share_prefixes_ && tokens && sequence.known == sequence.length;
+}
+
+// Asks for the memory that append() will need.
+void PagePool::prepare(int64_t id, Sequence& sequence, int64_t added, const int64_t* tokens) {
+  const int64_t length = sequence.length + added, capacity = static_cast<int64_t>(sequence.pages.capacity());
+  sequence.pages.reserve(grown(pages_for(length), capacity));
+  if (notes(sequence, tokens) && length / page_size_ > sequence.indexed) uncommitted_.insert(id);
+}
+
+void PagePool::append(Sequence& sequence, int64_t added, const int64_t* tokens, Copies& copies) {
+  if (added > 0 && sequence.length % page_size_ > 0) own_last_page(sequence, copies);
   for (int64_t missing = pages_for(sequence.length + added) - count(sequence.pages); missing > 0; --missing)
     sequence.pages.push_back(take());
-  if (share_prefixes_ && tokens && sequence.known == sequence.length) {
-    for (int64_t i = 0; i < added; ++i) {
-      const int64_t at = sequence.length + i;
-      tokens_of(sequence.pages[at / page_size_])[at % page_size_] = tokens[i];
-    }
-    sequence.known += added;
-  }
+  if (notes(sequence, tokens)) write_tokens(sequence, added, tokens);
   sequence.length += added;
-  note_uncommitted(id, sequence);
+}
+
+void PagePool::own_last_page(Sequence& sequence, Copies& copies) {
+  const int32_t source = sequence.pages.back();
+  if (pages_[source].refs == 1) {
+    remove_from_index(source);
+    return;
+  }
+  const int32_t target = take();
+  copies.emplace_back(source, target);
+  if (share_prefixes_) std::copy_n(tokens_of(source), page_size_, tokens_of(target));
+  --pages_[source].refs;
+  sequence.pages.back() = target;
+  sequence.clean = std::min(sequence.clean, count(sequence.pages) - 1);
+}
+
+void PagePool::write_tokens(Sequence& sequence, int64_t added, const int64_t* tokens) {
+  if (sequence.round != round_) {
+    sequence.round = round_;
+    sequence.committed = sequence.known;
+  }
+  for (int64_t i = 0; i < added; ++i) {
+    const int64_t at = sequence.length + i;
+    tokens_of(sequence.pages[at / page_size_])[at % page_size_] = tokens[i];
+  }
+  sequence.known += added;
 }
 
 // The index
 
-uint64_t PagePool::hash(int32_t before, const int64_t* tokens) const {
-  // splitmix64's finaliser over a running value: one changed bit anywhere changes half of the hash.
-  uint64_t value = static_cast<uint64_t>(before) + 1;
-  for (int64_t i = 0; i < page_size_; ++i) {
-    value = (value ^ static_cast<uint64_t>(tokens[i])) + 0x9e3779b97f4a7c15;
-    value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9;
-    value = (value ^ (value >> 27)) * 0x94d049bb133111eb;
-    value ^= value >> 31;
-  }
+uint64_t PagePool::hash(int64_t before, const int64_t* tokens) const {
+  uint64_t value = mixed(static_cast<uint64_t>(before));
+  for (int64_t i = 0; i < page_size_; ++i) value = mixed(value ^ static_cast<uint64_t>(tokens[i]));
   return value & hash_mask_;
 }
 
-int32_t PagePool::lookup(uint64_t hash, int32_t before, const int64_t* tokens) const {
-  const auto [first, last] = index_.equal_range(hash);
-  for (auto entry = first; entry != last; ++entry) {
-    const int32_t page = entry->second;
-    if (pages_[page].before == before && std::equal(tokens, tokens + page_size_, tokens_of(page))) return page;
-  }
-  return kNone;
-}
-
-void PagePool::note_uncommitted(int64_t id, const Sequence& sequence) {
-  if (sequence.known / page_size_ > sequence.indexed) uncommitted_.insert(id);
+// Compares what was hashed: equal hashes do not make equal prefixes.
+int32_t PagePool::lookup(uint64_t hash, int64_t before, const int64_t* tokens) const {
+  int32_t page = buckets_[hash & (buckets_.size() - 1)];
+  while (page != kNone && !(pages_[page].before == before && std::equal(tokens, tokens + page_size_, tokens_of(page))))
+    page = pages_[page].next;
+  return page;
 }
 
 void PagePool::index_full_pages(Sequence& sequence) {
   for (int64_t i = sequence.indexed; i < sequence.known / page_size_; ++i) {
-    const int32_t page = sequence.pages[i], before = i ? sequence.pages[i - 1] : kNone;
+    const int32_t page = sequence.pages[i];
+    const int64_t before = i ? pages_[sequence.pages[i - 1]].number : kRoot;
     const uint64_t key = hash(before, tokens_of(page));
     const int32_t first = lookup(key, before, tokens_of(page));
     if (first == kNone) {
-      index_.emplace(key, page);
-      pages_[page].indexed = true;
-      pages_[page].before = before;
-      pages_[page].hash = key;
+      add_to_index(page, before, key);
     } else if (first != page) {
       hold(first);
       let_go(page);
@@ -272,10 +316,21 @@ void PagePool::index_full_pages(Sequence& sequence) {
   }
 }
 
+void PagePool::add_to_index(int32_t page, int64_t before, uint64_t hash) {
+  Page& it = pages_[page];
+  it.indexed = true;
+  it.number = ++last_number_;
+  it.before = before;
+  it.hash = hash;
+  it.next = bucket(hash);
+  bucket(hash) = page;
+}
+
 void PagePool::remove_from_index(int32_t page) {
-  auto entry = index_.equal_range(pages_[page].hash).first;
-  while (entry->second != page) ++entry;
-  index_.erase(entry);
+  if (!pages_[page].indexed) return;
+  int32_t* link = &bucket(pages_[page].hash);
+  while (*link != page) link = &pages_[*link].next;
+  *link = pages_[page].next;
   pages_[page].indexed = false;
 }
 
@@ -317,11 +372,6 @@ void PagePool::let_go_from(Sequence& sequence, int64_t first) {
   for (; count(sequence.pages) > first; sequence.pages.pop_back()) let_go(sequence.pages.back());
 }
 
-void PagePool::let_go_of_sources(const Copies& copies) {
-  for (const auto& copy : copies)
-    if (pages_[copy.first].indexed) let_go(copy.first);
-}
-
 void PagePool::unlink(int32_t page) {
   const Page& it = pages_[page];
   (it.older == kNone ? oldest_ : pages_[it.older].newer) = it.newer;
@@ -332,21 +382,33 @@ void PagePool::unlink(int32_t page) {
 // The arrays
 
 bool PagePool::grow_arrays(int64_t rows, int64_t columns, int64_t total) {
-  const auto grown = [](int64_t needed, int64_t old) { return needed > old ? std::max(needed, 2 * old) : old; };
+  std::vector<std::pair<ArrayPtr*, ArrayPtr>> larger;  // each array, and what takes its place once there is memory for all
+  const auto enlarge = [&](ArrayPtr& array, std::vector<int64_t> shape) {
+    larger.emplace_back(&array, std::make_shared<Array>(std::move(shape)));
+  };
   const std::pair<ArrayPtr*, int64_t> vectors[] = {
       {&cache_seqlens, rows}, {&seqlens_k, rows}, {&cu_seqlens_q, rows + 1}, {&slots, total}, {&positions, total}};
   for (const auto& [array, size] : vectors)
-    if (size > (*array)->shape[0]) *array = std::make_shared<Array>(std::vector<int64_t>{grown(size, (*array)->shape[0])});
+    if (size > (*array)->shape[0]) enlarge(*array, {grown(size, (*array)->shape[0])});
   const int64_t old_rows = page_table->shape[0], old_columns = page_table->shape[1];
-  if (rows <= old_rows && columns <= old_columns) return false;
-  int64_t grown_rows = grown(rows, old_rows), grown_columns = grown(columns, old_columns);
-  if (grown_rows * grown_columns >= kLimit) grown_rows = rows, grown_columns = columns;
-  page_table = std::make_shared<Array>(std::vector<int64_t>{grown_rows, grown_columns});
-  changes = std::make_shared<Array>(std::vector<int64_t>{std::max(int64_t{16}, grown_rows * grown_columns / 16), 2});
+  const bool whole = rows > old_rows || columns > old_columns;
+  std::vector<Row> none;
+  if (whole) {
+    int64_t grown_rows = grown(rows, old_rows), grown_columns = grown(columns, old_columns);
+    if (grown_rows * grown_columns >= kLimit) grown_rows = rows, grown_columns = columns;
+    enlarge(page_table, {grown_rows, grown_columns});
+    enlarge(changes, {std::max(int64_t{16}, grown_rows * grown_columns / 16), 2});
+    none.resize(grown_rows);
+  }
+  for (auto& [array, new_array] : larger) array->swap(new_array);
+  if (whole) forget_rows(std::move(none));
+  return whole;
+}
+
+void PagePool::forget_rows(std::vector<Row> rows) {
   for (const Row& row : rows_)
     if (row.sequence) row.sequence->row = kNone;
-  rows_.assign(grown_rows, Row{});
-  return true;
+  rows_ = std::move(rows);
 }
 
 // The slots and positions of a sequence's tokens from `length` on, page by page, from `start` on in the arrays.

@@ -1,7 +1,8 @@
 // The pages of a key/value cache: which sequence holds which, who may share them, and the index arrays of a step.
 //
 // Plain C++17, without Python or torch; bindings.cpp is its Python face. fastattn/page_pool.py defines what it does, in the same order
-// under the same names, and documents every call; this file says what is particular to C++.
+// under the same names, and documents every call; this file says what is particular to C++. A call asks for all the memory it needs before
+// it changes anything: one that throws, std::bad_alloc included, leaves the pool as it was.
 
 #pragma once
 
@@ -37,7 +38,7 @@ struct Ints {
 using Copies = std::vector<std::pair<int32_t, int32_t>>;  // (source, target) pages
 
 struct PoolStep {
-  int64_t batch, total_q, max_seqlen_q;
+  int64_t number, batch, total_q, max_seqlen_q;
   int64_t num_changes;  // kUncounted: the whole page table
   Copies copies;
 };
@@ -62,29 +63,37 @@ class PagePool {
   int64_t fork(int64_t id);
   void truncate(int64_t id, int64_t length);
   void commit();
+  void abandon();
   PoolStep step(Ints ids, Ints counts, const Ints* tokens);
+
+  // For callers that check or compare what a call would.
+  void check_count(const char* where, int64_t count) const;
+  uint64_t hash(int64_t before, const int64_t* tokens) const;
 
   ArrayPtr page_table, cache_seqlens, seqlens_k, cu_seqlens_q, slots, positions, changes;
 
  private:
   static constexpr int32_t kNone = -1;  // no page, no row
+  static constexpr int64_t kRoot = 0;   // the number of the empty prefix
 
   struct Sequence {
     int64_t length = 0;
-    int64_t known = 0;    // leading tokens whose ids are known
-    int64_t indexed = 0;  // leading pages that are in the index
+    int64_t known = 0;      // leading tokens whose ids are known
+    int64_t indexed = 0;    // leading pages that are in the index
+    int64_t round = 0;      // in which it last got known tokens; a round ends with commit() or abandon()
+    int64_t committed = 0;  // known tokens as that round began
     std::vector<int32_t> pages;
     int32_t row = kNone;  // of the page table, as of the last step that it took part in
     int64_t clean = 0;    // leading pages that this row shows as they are
     int64_t seen_at = 0;  // the attempted step that named it last: finds an id named twice
-    bool copying = false;  // reserve() says that its last page is to be copied first
   };
 
   struct Page {
     int32_t refs = 0;
     bool indexed = false;
-    int32_t before = kNone;  // the page before it in its prefix
+    int64_t number = kRoot, before = kRoot;  // of the prefix that it ends, and of the one before it
     uint64_t hash = 0;
+    int32_t next = kNone;                  // in its bucket of the index
     int32_t older = kNone, newer = kNone;  // neighbours among the unreferenced pages
   };
 
@@ -93,17 +102,29 @@ class PagePool {
     Sequence* sequence = nullptr;
   };
 
+  struct Batch {
+    std::vector<Sequence*> sequences;
+    int64_t total = 0, most = 0;  // new tokens: of all, of one
+    int64_t columns = 0;          // pages of the longest, with its new tokens
+  };
+
+  void end_round();
+  void check_step(const char* where, Ints ids, Ints counts, const Ints* tokens);
+
   int64_t add(Sequence sequence);
   Sequence& find(const char* where, int64_t id);
-  void check_count(const char* where, int64_t count) const;
   int64_t pages_for(int64_t length) const { return (length + page_size_ - 1) / page_size_; }
-  void reserve(const char* where, Sequence* const* batch, const int64_t* counts, int64_t size);
-  void append(int64_t id, Sequence& sequence, int64_t count, const int64_t* tokens, Copies& copies);
+  Copies check_room(const char* where, Sequence* const* batch, const int64_t* counts, int64_t size) const;
+  bool notes(const Sequence& sequence, const int64_t* tokens) const;
+  void prepare(int64_t id, Sequence& sequence, int64_t count, const int64_t* tokens);
+  void append(Sequence& sequence, int64_t count, const int64_t* tokens, Copies& copies);
+  void own_last_page(Sequence& sequence, Copies& copies);
+  void write_tokens(Sequence& sequence, int64_t count, const int64_t* tokens);
 
-  uint64_t hash(int32_t before, const int64_t* tokens) const;
-  int32_t lookup(uint64_t hash, int32_t before, const int64_t* tokens) const;
-  void note_uncommitted(int64_t id, const Sequence& sequence);
+  int32_t& bucket(uint64_t hash) { return buckets_[hash & (buckets_.size() - 1)]; }
+  int32_t lookup(uint64_t hash, int64_t before, const int64_t* tokens) const;
   void index_full_pages(Sequence& sequence);
+  void add_to_index(int32_t page, int64_t before, uint64_t hash);
   void remove_from_index(int32_t page);
 
   int64_t* tokens_of(int32_t page) const { return tokens_.get() + page * page_size_; }
@@ -111,10 +132,10 @@ class PagePool {
   void hold(int32_t page);
   void let_go(int32_t page);
   void let_go_from(Sequence& sequence, int64_t first);
-  void let_go_of_sources(const Copies& copies);
   void unlink(int32_t page);
 
   bool grow_arrays(int64_t rows, int64_t columns, int64_t total);
+  void forget_rows(std::vector<Row> rows);
   void write_slots(const Sequence& sequence, int64_t length, int64_t start);
   int64_t write_row(int64_t row, int64_t id, Sequence& sequence, int64_t num_changes);  // returns num_changes, counted on
 
@@ -124,14 +145,15 @@ class PagePool {
   std::vector<int32_t> free_;                       // the last one goes first
   std::vector<Page> pages_;
   std::unique_ptr<int64_t[]> tokens_;               // page_size of each page
-  std::unordered_multimap<uint64_t, int32_t> index_;  // hash → pages; lookup() compares what was hashed
+  std::vector<int32_t> buckets_;                    // of the index: the first page of each; a power of two of them
+  int64_t last_number_ = kRoot;
   int32_t oldest_ = kNone, newest_ = kNone;         // ends of the list of unreferenced pages
   int64_t num_unreferenced_ = 0;
   std::unordered_map<int64_t, Sequence> sequences_;
-  int64_t next_id_ = 0, attempts_ = 0;
-  std::set<int64_t> uncommitted_;                   // ids of sequences that have full pages to index
+  int64_t next_id_ = 0, round_ = 1, steps_ = 0, attempts_ = 0;
+  std::set<int64_t> uncommitted_;                   // at least the ids of sequences that have full pages to index
   std::vector<Row> rows_;                           // whose pages each row of the table shows
-  std::vector<Sequence*> batch_;                    // of the step under way
+  Batch batch_;                                     // of the step under way
 };
 
 }  // namespace fastattn

@@ -1,7 +1,8 @@
 """Paged attention on the CPU: `cpu.attention` over a bounded number of keys at a time, and the running merge of what that gives.
 
-Sequences with equally many queries go together, as many as make a chunk; a chunk of keys is read from their pages, attended to, and let
-go. So the memory used is a few chunks, however long the sequences. A chunk that lies in one page of one sequence is read where it lies.
+Sequences with equally many queries go together, as many as make a chunk; a chunk of keys is read from their pages, attended to by a
+chunk of the queries, and let go. So the memory used is a few chunks, however long the sequences. A chunk that lies in one page of one
+sequence is read where it lies.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from . import attention as dense
 
 _CHUNK_ELEMENTS = 1 << 19  # of keys, and as many of values: what a core's cache holds, between being gathered and being read
 _CHUNK_KEYS = 512  # at least: fewer, and the fixed cost of a chunk shows
+_CHUNK_KEYS_AT_MOST = 4096
+_CHUNK_SCORES = 1 << 20  # that a bias is made for, of all rows, keys, and with ALiBi heads
 _FOLDED_ROWS = 128  # up to so many, the heads of a group become rows of one product over the keys they share
 
 
@@ -61,32 +64,47 @@ def paged_attention(
     if sinks is not None:  # of a query that sees no key, and so is in no group
         (lse[:, : starts[-1]] if packed else lse).copy_(sinks[:, None])
 
-    keys = max(_CHUNK_KEYS, _CHUNK_ELEMENTS // max(1, k_cache.shape[-2:].numel()))
-    alone = page_size > keys or leftpad is not None
+    keys = min(_CHUNK_KEYS_AT_MOST, max(_CHUNK_KEYS, _CHUNK_ELEMENTS // max(1, k_cache.shape[-2:].numel())))
+    alone = page_size > keys or leftpad is not None or num_splits > 0  # a fixed split: the same bits in any company
     for batch in _groups(seqlens_q, seqlens, 1 if alone else keys):
-        lengths, pad, seqlen_q = [seqlens[b] for b in batch], pads[batch[0]], seqlens_q[batch[0]]
-        if packed:
-            at = torch.tensor([starts[b] for b in batch])[:, None] + torch.arange(seqlen_q)
-        else:
-            at = slice(None) if batch == list(range(len(seqlens))) else batch
-        q_, table = q[at], page_table[batch]
+        lengths, pad, seqlen_q, table = [seqlens[b] for b in batch], pads[batch[0]], seqlens_q[batch[0]], page_table[batch]
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[batch]
         options = _Options(slopes, window_left, window_right, softmax_scale, softcap)
-        firsts = [0 if window_left is None else max(0, length - seqlen_q - window_left) for length in lengths]
-        used = [(first + pad, length + pad) for first, length in zip(firsts, lengths, strict=True)]
-        results: tuple[Tensor, Tensor] | None = None
-        for start, stop in _chunks(min(firsts) + pad, lengths[0] + pad, max(_CHUNK_KEYS, keys // len(batch)), page_size):
-            place = _place(table, start, stop, used, page_size)
-            k, v = _read(k_cache, place, k_scale, q.dtype), _read(v_cache, place, v_scale, q.dtype)
-            part = _attend(q_, k, v, start - pad, lengths, options)
-            results = part if results is None else _merge(*results, *part)
-        out_, lse_ = results if sinks is None else _add_sinks(*results, sinks)
-        out[at] = out_.to(q.dtype)
-        if packed:
-            lse[:, at] = lse_.transpose(0, 1)
-        else:
-            lse[at] = lse_
+        step = max(_CHUNK_KEYS, keys // len(batch))
+        num_rows = max(1, _CHUNK_SCORES // (len(batch) * step * (1 if slopes is None else num_heads)))
+        for start_q in range(0, seqlen_q, num_rows):
+            rows = range(start_q, min(start_q + num_rows, seqlen_q))
+            visible = [_visible_keys(rows, seqlen_q, length, window_left, window_right) for length in lengths]
+            used = [(first + pad, length + pad) for (first, _), length in zip(visible, lengths, strict=True)]
+            if packed:
+                at = torch.tensor([starts[b] for b in batch])[:, None] + torch.arange(rows.start, rows.stop)
+            else:
+                at = slice(None) if batch == list(range(len(seqlens))) else batch, slice(rows.start, rows.stop)
+            q_ = q[at]
+            results: tuple[Tensor, Tensor] | None = None
+            ends = min(first for first, _ in visible) + pad, max(last for _, last in visible) + pad
+            for start, stop in _chunks(*ends, step, page_size):
+                place = _place(table, start, stop, used, page_size)
+                k, v = _read(k_cache, place, k_scale, q.dtype), _read(v_cache, place, v_scale, q.dtype)
+                part = _attend(q_, k, v, start - pad, rows, seqlen_q, lengths, options)
+                results = part if results is None else _merge(*results, *part)
+            if results is None:  # these rows see no key
+                continue
+            out_, lse_ = results if sinks is None else _add_sinks(*results, sinks)
+            out[at] = out_.to(q.dtype)
+            if packed:
+                lse[:, at] = lse_.transpose(0, 1)
+            else:
+                lse[at[0], :, at[1]] = lse_
     return out, lse
+
+
+def _visible_keys(rows: range, seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> tuple[int, int]:
+    """(first, last + 1) of the keys that any of these rows sees."""
+    shift = seqlen_k - seqlen_q
+    first = 0 if left is None else max(0, rows.start + shift - left)
+    last = seqlen_k if right is None else max(0, min(seqlen_k, rows.stop + shift + right))
+    return min(first, last), last
 
 
 def _groups(seqlens_q: list[int], seqlens_k: list[int], keys: int) -> Iterator[list[int]]:
@@ -157,14 +175,16 @@ def _read(cache: Tensor, place: _Place, scale: Tensor | None, dtype: torch.dtype
 # Attending to it.
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, start: int, lengths: list[int], options: _Options) -> tuple[Tensor, Tensor]:
-    """out (b, S_q, H, D_v) and lse (b, H, S_q) of q (b, S_q, H, D) over keys start … of each sequence."""
-    (seqlen_q, num_heads), num_kv_heads = q.shape[1:3], k.shape[2]
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, start: int, rows: range, seqlen_q: int, lengths: list[int], options: _Options
+) -> tuple[Tensor, Tensor]:
+    """out (b, R, H, D_v) and lse (b, H, R) of q (b, R, H, D), `rows` of each sequence's seqlen_q, over keys start … of each sequence."""
+    num_heads, num_kv_heads = q.shape[2], k.shape[2]
     group = num_heads // num_kv_heads
-    bias = _bias(start, k.shape[1], seqlen_q, lengths, options)
+    bias = _bias(start, k.shape[1], rows, seqlen_q, lengths, options)
     q = q.to(k.dtype)
-    folds = 1 < group and group * seqlen_q <= _FOLDED_ROWS
-    if folds:  # (b, S_q, H_kv·G, D) to (b, G·S_q, H_kv, D), and (b, H_kv·G or 1, S_q, keys) to (b, H_kv or 1, G·S_q, keys)
+    folds = 1 < group and group * len(rows) <= _FOLDED_ROWS
+    if folds:  # (b, R, H_kv·G, D) to (b, G·R, H_kv, D), and (b, H_kv·G or 1, R, keys) to (b, H_kv or 1, G·R, keys)
         q = q.unflatten(2, (num_kv_heads, group)).permute(0, 3, 1, 2, 4).flatten(1, 2)
         if bias is not None:
             by_group = (num_kv_heads, group) if options.slopes is not None else (1, 1)
@@ -173,21 +193,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, start: int, lengths: list[int], opt
         q, k, v, bias, None, None, None, None, None, q.shape[1], k.shape[1], None, None, options.scale, options.softcap, 0.0
     )
     if folds:
-        out = out.unflatten(1, (group, seqlen_q)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        lse = lse.unflatten(2, (group, seqlen_q)).flatten(1, 2)
+        out = out.unflatten(1, (group, len(rows))).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        lse = lse.unflatten(2, (group, len(rows))).flatten(1, 2)
     return out, lse
 
 
-def _bias(start: int, keys: int, seqlen_q: int, lengths: list[int], options: _Options) -> Tensor | None:
-    """What is added to the scores of keys start …, (b|1, H|1, S_q, keys): −∞ where a query does not see a key; None for nothing."""
+def _bias(start: int, keys: int, rows: range, seqlen_q: int, lengths: list[int], options: _Options) -> Tensor | None:
+    """What is added to the scores of keys start …, (b|1, H|1, R, keys): −∞ where a query does not see a key; None for nothing."""
     slopes, left, right = options[:3]
     shortest, longest = min(lengths), max(lengths)
-    seen_by_all = shortest if right is None else min(shortest, shortest - seqlen_q + right + 1)
-    is_cut = start + keys > seen_by_all or (left is not None and start < longest - 1 - left)
+    seen_by_all = shortest if right is None else min(shortest, shortest - seqlen_q + rows.start + right + 1)
+    is_cut = start + keys > seen_by_all or (left is not None and start < longest - seqlen_q + rows.stop - 1 - left)
     if slopes is None and not is_cut:
         return None
     lengths_, j = torch.tensor(lengths)[:, None, None], torch.arange(start, start + keys)
-    distance = j - (torch.arange(seqlen_q)[:, None] + lengths_ - seqlen_q)  # how far to the right of a row's own position
+    distance = j - (torch.arange(rows.start, rows.stop)[:, None] + lengths_ - seqlen_q)  # how far right of a row's own position
     hidden = (j >= lengths_).expand_as(distance)
     if right is not None:
         hidden = hidden | (distance > right)

@@ -30,6 +30,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.ops import checks
 from fastattn.ops.attention import attention, draw_seed, dropout_keep
+from fastattn.ops.dispatch import checks_values
 from fastattn.ops.paged_attention import paged_attention
 
 from . import bert_padding
@@ -140,6 +141,9 @@ def flash_attn_varlen_func(
     if block_table is not None:
         if dropout_p:
             checks.reject("flash_attn_varlen_func", "dropout_p", "be 0 with block_table", dropout_p)
+        checks.check_cu_seqlens("flash_attn_varlen_func", "cu_seqlens_k", cu_seqlens_k, q)
+        if checks_values(q):
+            checks.check_cu_seqlens_values("flash_attn_varlen_func", "k", cu_seqlens_k, 2**31 - 1, max_seqlen_k)
         out, lse = paged_attention(
             q, k, v, block_table, cu_seqlens_k.diff(), cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, causal=causal,
             window=window_size, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=True,

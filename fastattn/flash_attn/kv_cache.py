@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastattn.ops import checks
 from fastattn.ops.append_paged_kv import append_paged_kv
-from fastattn.ops.paged_attention import attend_paged, check_paged
+from fastattn.ops.dispatch import checks_values
+from fastattn.ops.paged_attention import attend_paged, check_paged, check_paged_values
 from fastattn.ops.rotary import apply_rotary
 
 OP = "flash_attn_with_kvcache"
@@ -45,7 +46,8 @@ def flash_attn_with_kvcache(
             position cache_seqlens + i, else every query by position cache_seqlens. They need k.
         cache_seqlens: (B,) int32 lengths before the append, or one int for all. None, without k, is the cache's whole length.
         cache_batch_idx: (B,) int32, which row of a contiguous cache is sequence b's. Equal ones with k: what is written is undefined.
-        cache_leftpad: (B,) int32, how many places at the start of each sequence are padding: positions count from there.
+        cache_leftpad: (B,) int32, how many places at the start of each sequence are padding, and seen by no query. cache_seqlens counts
+            them, and so do rotary positions.
         block_table: (B, max_blocks) int32: `fastattn.paged_attention`'s page_table.
         causal, window_size: aligned to the bottom right of S_q × the length after the append.
         rotary_interleaved: pairs of columns (0, 1), (2, 3), … (True, flash-attn's default), or (0, R/2), (1, R/2 + 1), …
@@ -65,6 +67,7 @@ def flash_attn_with_kvcache(
     if k_cache.dim() != 4:
         checks.reject(OP, "k_cache", "have shape (B_cache, S_cache, H_kv, D), or (num_blocks, block_size, H_kv, D)", checks.shape(k_cache))
     batch, seqlen_q = q.shape[:2]
+    table_name = "block_table" if block_table is not None else "cache_batch_idx"
     if (k is None) != (v is None):
         checks.reject(OP, "k and v", "be given together", f"only {'v' if k is None else 'k'}")
     if (rotary_cos is None) != (rotary_sin is None):
@@ -89,25 +92,32 @@ def flash_attn_with_kvcache(
 
     seqlens_k = cache_seqlens
     if k is not None:
-        checks.check_tensor(OP, "k", k)
+        for arg, value in (("k", k), ("v", v)):
+            checks.check_tensor(OP, arg, value)
+            if value.dim() != 4 or value.shape[0] != batch:
+                checks.reject(OP, arg, f"have shape (B, S_new, H_kv, D) with B = {batch}", checks.shape(value))
         seqlens_k = cache_seqlens + k.shape[1]
-        rotary = {}
-        if rotary_cos is not None:
-            start = cache_seqlens if leftpad is None else cache_seqlens - leftpad
-            moves = causal or any(checks.window_bound(OP, "window_size", bound) is not None for bound in window_size)
-            positions_q = _positions(start, seqlen_q if moves else 1).expand(-1, seqlen_q)
-            turned = {"interleaved": rotary_interleaved}
-            q, _ = apply_rotary(q, q[:, :, :0], rotary_cos, rotary_sin, positions=positions_q, **turned)
-            if leftpad is None:
-                rotary = {"cos": rotary_cos, "sin": rotary_sin, **turned}
-            else:  # its position is no longer its place
-                k, _ = apply_rotary(k, k[:, :, :0], rotary_cos, rotary_sin, positions=_positions(start, k.shape[1]), **turned)
-        append_paged_kv(k, v, k_cache, v_cache, block_table, cache_seqlens, **rotary)
-
+    # All of it before the cache is written to, so that a call that raises leaves it as it was.
     max_seqlen_q, left, right = check_paged(
         OP, q, k_cache, v_cache, block_table, seqlens_k, causal=causal, window=window_size, softmax_scale=softmax_scale, softcap=softcap,
         alibi_slopes=alibi_slopes, num_splits=num_splits,
     )  # fmt: skip
+    if checks_values(q):
+        names = table_name, "cache_seqlens (with the new keys)" if k is not None else "cache_seqlens"
+        index = dict(leftpad=leftpad, max_seqlen_q=seqlen_q, window_left=left, names=names)
+        check_paged_values(OP, q, k_cache, block_table, seqlens_k, **index)
+
+    if k is not None:
+        rotary = {}
+        if rotary_cos is not None:
+            capacity = k_cache.shape[1] * block_table.shape[1]
+            moves = any(bound is not None and bound < capacity for bound in (left, right))  # a wider window is none, as in flash-attn
+            positions = cache_seqlens[:, None] + torch.arange(seqlen_q if moves else 1, dtype=torch.int32, device=q.device)
+            q, _ = apply_rotary(
+                q, q[:, :, :0], rotary_cos, rotary_sin, positions=positions.expand(-1, seqlen_q), interleaved=rotary_interleaved
+            )
+            rotary = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
+        append_paged_kv(k, v, k_cache, v_cache, block_table, cache_seqlens, **rotary)
     out, lse = attend_paged(
         q, k_cache, v_cache, block_table, seqlens_k, alibi_slopes=alibi_slopes, leftpad=leftpad, max_seqlen_q=max_seqlen_q,
         window_left=left, window_right=right, softmax_scale=softmax_scale, softcap=softcap, num_splits=num_splits,
@@ -118,7 +128,3 @@ def flash_attn_with_kvcache(
 def _int32(arg: str, value: Tensor, q: Tensor) -> Tensor:
     checks.check_int32(OP, arg, value, (q.shape[0],), f"(B,) = ({q.shape[0]},)", q)
     return value
-
-
-def _positions(start: Tensor, count: int) -> Tensor:
-    return start[:, None] + torch.arange(count, dtype=torch.int32, device=start.device)

@@ -10,8 +10,10 @@ which transformers' models hand down to their attention function.
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,29 +109,30 @@ def stream(
         max_new_tokens: how long an answer gets; one that reaches a `stop` token (by default the model's own) ends with it.
         cache: of `cache_for`, where one is to be kept: prompts that begin alike then share their pages from call to call. By default one
             with room for `max_sequences` prompts and answers as long as the longest.
-        max_sequences: how many run at once, at most. chunk: how many tokens of a prompt are computed in one step, at most.
+        max_sequences: how many run at once, at most. chunk: how many tokens of each prompt are computed in one step, at most.
         temperature: 0 is greedy; it and `sampling` (top_k, top_p, min_p, generator) are `fastattn.sample`'s.
 
-    A sequence for which the cache has no page left gives way to those before it, and starts again when they are done.
+    A sequence for which the cache has no page left gives way to those before it, and starts again once one of them is done.
 
-    Raises: OutOfPages where a sequence does not fit the cache alone. ValueError for an empty prompt.
+    Raises: OutOfPages where a sequence does not fit the cache alone. ValueError for an empty prompt, and for a count below 1.
     """
+    for name, count in (("max_new_tokens", max_new_tokens), ("max_sequences", max_sequences), ("chunk", chunk)):
+        if count < 1:
+            raise ValueError(f"stream: {name} must be at least 1, got {count}")
     if cache is None:
         prompts = list(prompts)
         pages = max((-(-(len(prompt) + max_new_tokens) // 16) for prompt in prompts), default=1)
         cache = cache_for(model, pages * min(len(prompts), max_sequences) or 1)
     if stop is None:
-        stop = getattr(model, "generation_config", model.config).eos_token_id
-    stop = set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+        stop = (getattr(model, "generation_config", None) or model.config).eos_token_id
+    stop = set() if stop is None else set(stop) if isinstance(stop, Iterable) else {operator.index(stop)}
     waiting: deque[_Sequence] = deque()
     more = iter(enumerate(prompts))
     running: list[_Sequence] = []
-    before = model.config._attn_implementation
-    register()
-    model.set_attn_implementation(NAME)
+    room = max_sequences
     try:
         while True:
-            while len(running) < max_sequences:
+            while len(running) < room:
                 if not waiting:
                     if (found := next(more, None)) is None:
                         break
@@ -142,6 +145,7 @@ def stream(
             if not running:
                 return
             logits = _forward(model, cache, running, waiting, chunk)
+            room = len(running) if waiting else room  # some gave way: nobody joins before one ends
             tokens = sample(logits, temperature=temperature, **sampling).tolist()
             for sequence, token in zip(list(running), tokens, strict=True):
                 if cache.length(sequence.id) < len(sequence.tokens):
@@ -149,13 +153,13 @@ def stream(
                 sequence.tokens.append(token)
                 if token in stop or len(sequence.answer) == max_new_tokens:
                     running.remove(sequence)
+                    room = max_sequences
                     cache.commit()
                     cache.free(sequence.id)
                     yield sequence.index, sequence.answer
     finally:
         for sequence in running:
             cache.free(sequence.id)
-        model.set_attn_implementation(before)
 
 
 @torch.no_grad()
@@ -173,10 +177,23 @@ def _forward(model: nn.Module, cache: PagedKVCache, running: list[_Sequence], wa
             cache.free(sequence.id)
             waiting.appendleft(sequence)
     row = torch.tensor([[t for tokens in new for t in tokens]], device=model.device)
-    return model(
-        input_ids=row, position_ids=step.positions[None].long(), use_cache=False, logits_to_keep=step.cu_seqlens_q[1:].long() - 1,
-        kv_cache=cache,
-    ).logits[0]  # fmt: skip
+    with _paged(model):
+        return model(
+            input_ids=row, position_ids=step.positions[None].long(), use_cache=False,
+            logits_to_keep=step.cu_seqlens_q[1:].long() - 1, kv_cache=cache,
+        ).logits[0]  # fmt: skip
+
+
+@contextmanager
+def _paged(model: nn.Module) -> Iterator[None]:
+    """The model on the cache for one forward: between two, it is its owner's."""
+    before = model.config._attn_implementation
+    register()
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def generate(model: nn.Module, prompts: Iterable[Sequence[int]], **options: Any) -> list[list[int]]:

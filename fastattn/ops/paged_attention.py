@@ -19,7 +19,7 @@ from .merge_attention import merge_attention
 from .operator import apply, define, differentiable
 
 OP = "paged_attention"
-MAX_SPLITS = 256
+MAX_SPLITS, MAX_KEYS = 256, 2**30
 
 
 def _paged_attention(
@@ -32,7 +32,8 @@ def _paged_attention(
             *map(describe, (q, k_cache, page_table)), max_seqlen_q, num_splits,
         )  # fmt: skip
     if checks_values(q):
-        _check_values(q, k_cache, page_table, seqlens_k, cu_seqlens_q, leftpad, max_seqlen_q, window_left)
+        index = dict(cu_seqlens_q=cu_seqlens_q, leftpad=leftpad, max_seqlen_q=max_seqlen_q, window_left=window_left)
+        check_paged_values(OP, q, k_cache, page_table, seqlens_k, **index)
     q, page_table = (t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (q, page_table))
     small = seqlens_k, cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad
     small = (None if t is None else t.contiguous() for t in small)
@@ -122,38 +123,43 @@ def _check_caches(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         checks.reject(op, "k_cache", "have pages of at least one row", checks.shape(k_cache))
 
 
-def _check_values(q, k_cache, page_table, seqlens_k, cu_seqlens_q, leftpad, max_seqlen_q, window_left) -> None:
-    """Read the index tensors (this synchronises on CUDA): lengths fit the table, and every entry that counts is a page."""
+def check_paged_values(
+    op: str, q: Tensor, k_cache: Tensor, page_table: Tensor, seqlens_k: Tensor, *, cu_seqlens_q: Tensor | None = None,
+    leftpad: Tensor | None = None, max_seqlen_q: int = 0, window_left: int | None = None,
+    names: tuple[str, str] = ("page_table", "seqlens_k"),
+) -> None:  # fmt: skip
+    """Read the index tensors (this synchronises on CUDA): lengths fit the table, and every entry that counts is a page. `names`: what the
+    caller calls those two."""
     (num_pages, page_size), max_pages = k_cache.shape[:2], page_table.shape[1]
-    seqlens_q = None
+    seqlens_q: int | Tensor = max_seqlen_q
     if cu_seqlens_q is not None:
-        starts = checks.check_cu_seqlens_values(OP, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        seqlens_q = torch.tensor(starts).diff()
+        starts = checks.check_cu_seqlens_values(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        seqlens_q = torch.tensor(starts).diff().to(seqlens_k.device)
     if seqlens_k.numel() == 0:
         return
+    capacity = min(max_pages * page_size, MAX_KEYS)
     low, high = (int(bound) for bound in seqlens_k.aminmax())
-    if low < 0 or high > max_pages * page_size:
-        must = f"lie in [0, max_pages · page_size] = [0, {max_pages * page_size}]"
-        checks.reject(OP, "seqlens_k", must, low if low < 0 else high)
+    if low < 0 or high > capacity:
+        checks.reject(op, names[1], f"lie in [0, max_pages · page_size] = [0, {capacity}]", low if low < 0 else high)
     if leftpad is not None and bool(((leftpad < 0) | (leftpad > seqlens_k)).any()):
-        checks.reject(OP, "leftpad", "lie between 0 and its sequence's length", leftpad.tolist())
+        checks.reject(op, "cache_leftpad", "lie between 0 and its sequence's length", leftpad.tolist())
     entries = page_table[:, : -(-high // page_size)]
     if entries.numel() == 0:
         return
     least, most = (int(page) for page in entries.aminmax())
     if 0 <= least and most < num_pages:  # so are all of them, used or not
         return
-    first = torch.zeros_like(seqlens_k) if leftpad is None else leftpad
+    lengths = seqlens_k.long()
+    first = torch.zeros_like(lengths) if leftpad is None else leftpad.long()
     if window_left is not None:  # what lies before every window is not read
-        rows = max_seqlen_q if seqlens_q is None else seqlens_q.to(seqlens_k)
-        first = torch.maximum(first, seqlens_k - rows - window_left)
+        first = torch.maximum(first, lengths - seqlens_q - window_left)
     place = torch.arange(entries.shape[1], device=page_table.device) * page_size
-    used = (place < seqlens_k[:, None]) & (place + page_size > first[:, None])
+    used = (place < lengths[:, None]) & (place + page_size > first[:, None])
     wrong = used & ((entries < 0) | (entries >= num_pages))
     if bool(wrong.any()):
         b, entry = (int(index) for index in wrong.nonzero()[0])
         got = f"{int(page_table[b, entry])} at [{b}, {entry}]"
-        checks.reject(OP, "page_table", f"hold pages in [0, num_pages) = [0, {num_pages}) wherever it is used", got)
+        checks.reject(op, names[0], f"hold pages in [0, num_pages) = [0, {num_pages}) wherever it is used", got)
 
 
 def check_paged(
@@ -271,15 +277,15 @@ def paged_attention(
             float8_e4m3fn; any strides with a contiguous last dim (a slice of a larger cache, say).
         page_table: (B, max_pages) int32. Key n of sequence b is row n % page_size of page page_table[b, n // page_size]. Pages may be in
             any order, and shared. Entries from ⌈seqlens_k[b] / page_size⌉ on, and those wholly before a window, are never read.
-        seqlens_k: (B,) int32, how many keys each sequence has, the new ones included. 0 is allowed.
+        seqlens_k: (B,) int32, how many keys each sequence has, the new ones included: from 0 to 2^30.
         cu_seqlens_q: (B + 1,) int32, starting at 0: sequence b's queries are rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q.
         max_seqlen_q: an upper bound of the packed lengths; None takes the total token count. Never a host sync.
         causal: query i sees key j iff j ≤ i + seqlens_k[b] − S_q: aligned to the bottom right, so that the last query sees every key.
         window, softmax_scale, softcap, alibi_slopes, sinks: as in `fastattn.attention`.
         k_scale, v_scale: (H_kv,) float; multiply what is read from the caches.
         num_splits: into how many parts each sequence's keys are divided, for programs that run side by side, up to 256. 0 chooses, by
-            the shapes alone. A given number makes a sequence's result the same bits whatever else is in the batch; on CPU tensors the
-            division is by memory, and this changes nothing.
+            the shapes alone. A given number makes a sequence's result the same bits whatever else is in the batch, at some cost in speed
+            (on CPU tensors too, where the keys are divided by memory, and the number itself changes nothing).
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
@@ -351,6 +357,9 @@ def cascade_attention(
     checks.check_tensor("cascade_attention", "q", q)
     if q.dim() != 4:
         checks.reject("cascade_attention", "q", "have shape (B, S_q, H, D)", checks.shape(q))
+    checks.check_tensor("cascade_attention", "k_cache", k_cache)
+    if k_cache.dim() != 4:
+        checks.reject("cascade_attention", "k_cache", "have shape (num_pages, page_size, H_kv, D)", checks.shape(k_cache))
     checks.check_int32("cascade_attention", "prefix_pages", prefix_pages, (None,), "(P,)", q)
     batch, seqlen_q, heads, head_dim = q.shape
     options = dict(softmax_scale=softmax_scale, softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=True)

@@ -44,27 +44,25 @@ def paged_attention(
     Everything is computed in q's dtype, float64 included; nothing is validated, and ``num_splits`` changes nothing.
     """
     packed = cu_seqlens_q is not None
-    starts = cu_seqlens_q.tolist() if packed else range(0, (q.shape[0] + 1) * q.shape[1], q.shape[1] or 1)
+    starts = cu_seqlens_q.tolist() if packed else [b * q.shape[1] for b in range(q.shape[0] + 1)]
     rows = q if packed else q.flatten(0, 1)
     outs, lses = [], []
     for b, seqlen_k in enumerate(seqlens_k.tolist()):
-        stop = starts[b + 1] if packed else (b + 1) * q.shape[1]
-        start = starts[b] if packed else b * q.shape[1]
         k = gather_pages(k_cache, page_table[b], seqlen_k, q.dtype, k_scale)
         v = gather_pages(v_cache, page_table[b], seqlen_k, q.dtype, v_scale)
         slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
         out, lse = attention(
-            rows[None, start:stop], k[None], v[None], causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
-            alibi_slopes=slopes, sinks=sinks, return_lse=True,
+            rows[None, starts[b] : starts[b + 1]], k[None], v[None], causal=causal, window=window, softmax_scale=softmax_scale,
+            softcap=softcap, alibi_slopes=slopes, sinks=sinks, return_lse=True,
         )  # fmt: skip
         outs.append(out[0])
         lses.append(lse[0])
-    unused = rows.shape[0] - sum(out.shape[0] for out in outs)
+    unused = rows.shape[0] - starts[-1]  # rows of no sequence
     outs.append(rows.new_zeros(unused, q.shape[-2], v_cache.shape[-1]))
-    lses.append(torch.full((q.shape[-2], unused), -math.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32))
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lses.append(torch.full((q.shape[-2], unused), -math.inf, dtype=lse_dtype))
+    out, lse = torch.cat(outs), torch.cat(lses, dim=-1)
     if not packed:
-        outs, lses = outs[:-1], lses[:-1]
-        out, lse = torch.stack(outs), torch.stack(lses)
-    else:
-        out, lse = torch.cat(outs), torch.cat(lses, dim=-1)
+        out = out.unflatten(0, q.shape[:2])
+        lse = lse.unflatten(-1, q.shape[:2]).transpose(0, 1)
     return (out, lse) if return_lse else out
