@@ -40,6 +40,17 @@ from .ops.cross_entropy import cross_entropy  # noqa: E402
 from .ops.glu import geglu, swiglu  # noqa: E402
 from .ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from .ops.merge_attention import merge_attention  # noqa: E402
+from .ops.moe_routing import (  # noqa: E402
+    MoEPlan,
+    moe_combine,
+    moe_dispatch,
+    moe_expert_counts,
+    moe_gather,
+    moe_load_balancing_loss,
+    moe_route,
+    moe_update_bias,
+    moe_z_loss,
+)
 from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm  # noqa: E402
 from .ops.paged_attention import cascade_attention, paged_attention  # noqa: E402
 from .ops.rotary import apply_rotary  # noqa: E402
@@ -49,6 +60,7 @@ from .ops.softmax import softmax  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "MoEPlan",
     "PagedKVCache",
     "add_layer_norm",
     "add_rms_norm",
@@ -62,6 +74,14 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "merge_attention",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_expert_counts",
+    "moe_gather",
+    "moe_load_balancing_loss",
+    "moe_route",
+    "moe_update_bias",
+    "moe_z_loss",
     "nn",
     "paged_attention",
     "reference",

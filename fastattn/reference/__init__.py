@@ -6,6 +6,7 @@ from fastattn.reference.cross_entropy import cross_entropy
 from fastattn.reference.glu import geglu, swiglu
 from fastattn.reference.linear_cross_entropy import linear_cross_entropy
 from fastattn.reference.merge_attention import merge_attention
+from fastattn.reference.moe_routing import moe_combine, moe_dispatch, moe_gather, moe_route
 from fastattn.reference.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.reference.paged_attention import paged_attention
 from fastattn.reference.philox import philox_keep
@@ -24,6 +25,10 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "merge_attention",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_gather",
+    "moe_route",
     "paged_attention",
     "philox_keep",
     "rms_norm",
