@@ -122,15 +122,6 @@ def append_rotated(
         store(cache_ptr, cache_row + ROTARY_DIM // 2 + half, x2 * cos + x1 * sin, scale, mask)
 
 
-@triton.jit
-def head_scale(scale_ptr, head, in_rows):
-    """(ROWS, 1) scales, or None."""
-    if scale_ptr is None:
-        return None
-    else:
-        return tl.load(scale_ptr + head, mask=in_rows, other=1.0)[:, None]
-
-
 @triton.jit(do_not_specialize=[
     "num_rows", "seqlen", "num_heads", "num_seqs", "search_steps", "table_len", "num_pages", "page_size", "capacity", "stride_kb",
     "stride_ks", "stride_kh", "stride_vb", "stride_vs", "stride_vh", "stride_kcp", "stride_kcs", "stride_kch", "stride_vcp", "stride_vcs",
@@ -164,7 +155,11 @@ def _append_paged_kv_kernel(
     # Multiples of the vectors anyway, and now the compiler knows.
     k_row = ((x_batch * stride_kb + x_token * stride_ks + x_head * stride_kh) // VECTOR * VECTOR)[:, None]
     k_cache_row = ((page * stride_kcp + slot * stride_kcs + x_head * stride_kch) // CACHE_VECTOR * CACHE_VECTOR)[:, None]
-    k_scale = head_scale(k_scale_ptr, head, in_rows)
+    k_scale, v_scale = k_scale_ptr, v_scale_ptr  # None, or each row's
+    if k_scale_ptr is not None:
+        k_scale = tl.load(k_scale_ptr + head, mask=in_rows, other=1.0)[:, None]
+    if v_scale_ptr is not None:
+        v_scale = tl.load(v_scale_ptr + head, mask=in_rows, other=1.0)[:, None]
     if ROTARY_DIM > 0:
         in_table = (is_slot & (position < table_len))[:, None]
         cos_row = (position.to(tl.int64) * stride_coss // TABLE_VECTOR * TABLE_VECTOR)[:, None]
@@ -177,7 +172,7 @@ def _append_paged_kv_kernel(
         append_rows(k_ptr, k_cache_ptr, k_row, k_cache_row, k_scale, mask, ROTARY_DIM, HEAD_DIM, BLOCK_REST)
     v_row = ((x_batch * stride_vb + x_token * stride_vs + x_head * stride_vh) // VECTOR * VECTOR)[:, None]
     v_cache_row = ((page * stride_vcp + slot * stride_vcs + x_head * stride_vch) // CACHE_VECTOR * CACHE_VECTOR)[:, None]
-    append_rows(v_ptr, v_cache_ptr, v_row, v_cache_row, head_scale(v_scale_ptr, head, in_rows), mask, 0, HEAD_DIM_V, BLOCK_DV)
+    append_rows(v_ptr, v_cache_ptr, v_row, v_cache_row, v_scale, mask, 0, HEAD_DIM_V, BLOCK_DV)
 
 
 # --------------------------------------------------------------------------------------------------------------------

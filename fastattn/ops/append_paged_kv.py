@@ -36,9 +36,19 @@ def _append_paged_kv(
     torch.autograd.graph.increment_version((k_cache, v_cache))  # what was saved for a backward is no longer what it was
 
 
+# Inductor takes a mutated input's storage offset for 0 where it is symbolic (pytorch#198068), and older ones where it is a number, too.
+_KEEPS_OFFSETS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
 def _fake(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> None:
     for arg, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if isinstance(cache.storage_offset(), torch.SymInt):  # inductor takes it for 0 (pytorch#198068): better no graph than a wrong one
+        offset = cache.storage_offset()
+        if not _KEEPS_OFFSETS and not isinstance(offset, torch.SymInt) and offset != 0:
+            raise NotImplementedError(
+                f"{OP}: {arg} must not be a part of a larger tensor under torch.compile before torch 2.13; give keys and values tensors of"
+                " their own"
+            )
+        if isinstance(offset, torch.SymInt):  # better no graph than a wrong one
             raise NotImplementedError(
                 f"{OP}: {arg} must not be a part of a larger tensor whose sizes are compiled as dynamic; mark them as static, or give"
                 " keys and values tensors of their own"
