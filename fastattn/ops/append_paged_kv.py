@@ -95,7 +95,7 @@ def _check_new(k: Tensor, v: Tensor, packed: bool) -> None:
     letters = "(T, H_kv, D) with cu_seqlens" if packed else "(B, S_new, H_kv, D) without cu_seqlens"
     if k.dim() != (3 if packed else 4):
         checks.reject(OP, "k", f"have shape {letters}", checks.shape(k))
-    _check_on_device("v", v, k)
+    checks.check_device(OP, "v", v, "k's", k.device)
     if v.dtype != k.dtype:
         checks.reject(OP, "v", f"have k's dtype {k.dtype}", v.dtype, TypeError)
     if v.shape[:-1] != k.shape[:-1]:
@@ -105,15 +105,10 @@ def _check_new(k: Tensor, v: Tensor, packed: bool) -> None:
             checks.reject(OP, arg, f"have a head_dim between 1 and {checks.MAX_HEAD_DIM}", t.shape[-1])
 
 
-def _check_on_device(arg: str, t: Tensor, k: Tensor) -> None:
-    if t.device != k.device:
-        checks.reject(OP, arg, f"be on k's device {k.device}", t.device)
-
-
 def _check_caches(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     for arg, cache, x in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
         checks.check_tensor(OP, arg, cache)
-        _check_on_device(arg, cache, k)
+        checks.check_device(OP, arg, cache, "k's", k.device)
         if cache.dtype not in CACHE_DTYPES:
             checks.reject(OP, arg, "be float16, bfloat16, float32, int8 or float8_e4m3fn", cache.dtype, TypeError)
         if cache.dim() != 4 or cache.shape[2:] != x.shape[-2:]:
@@ -138,7 +133,7 @@ def _check_places(k: Tensor, page_table: Tensor, cache_seqlens: Tensor, cu_seqle
         checks.check_tensor(OP, arg, t)
         if t.dtype != torch.int32:
             checks.reject(OP, arg, "be an int32 tensor", t.dtype, TypeError)
-        _check_on_device(arg, t, k)
+        checks.check_device(OP, arg, t, "k's", k.device)
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1):
         checks.reject(OP, "cu_seqlens", "have shape (B + 1,)", checks.shape(cu_seqlens))
     batch = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -156,7 +151,7 @@ def _check_tables(k: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
     for arg, t in (("cos", cos), ("sin", sin)):
         checks.check_tensor(OP, arg, t)
         checks.check_float(OP, arg, t)
-        _check_on_device(arg, t, k)
+        checks.check_device(OP, arg, t, "k's", k.device)
     if cos.dim() != 2 or not 2 <= 2 * cos.shape[-1] <= k.shape[-1]:
         checks.reject(OP, "cos", f"have shape (S_max, R/2) with R/2 between 1 and D/2 = {k.shape[-1] // 2}", checks.shape(cos))
     if sin.shape != cos.shape:
@@ -169,7 +164,7 @@ def _check_scale(arg: str, scale: Tensor | None, k: Tensor) -> None:
     checks.check_tensor(OP, arg, scale)
     if scale.dtype != torch.float32:
         checks.reject(OP, arg, "be float32", scale.dtype, TypeError)
-    _check_on_device(arg, scale, k)
+    checks.check_device(OP, arg, scale, "k's", k.device)
     if scale.shape != (k.shape[-2],):
         checks.reject(OP, arg, f"have shape (H_kv,) = ({k.shape[-2]},)", checks.shape(scale))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) 
         checks.check_cu_seqlens_values("attention", "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
 
 
-def _with_contiguous_cols(t: Tensor) -> Tensor:
+def with_contiguous_cols(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
@@ -50,7 +49,7 @@ def _attention_fwd(
     if log.isEnabledFor(logging.INFO):
         log.info("attention_fwd: q %s k %s v %s %s", *map(describe, (q, k, v)), _Options(*options))
     _check_values(q, k, cu_seqlens_q, cu_seqlens_k, *options[:2])
-    q, k, v = map(_with_contiguous_cols, (q, k, v))
+    q, k, v = map(with_contiguous_cols, (q, k, v))
     inputs = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
     if runs_kernels(q):
         from fastattn.kernels.attention import attention_fwd
@@ -69,7 +68,7 @@ def _attention_bwd(
 ):  # fmt: skip
     if log.isEnabledFor(logging.INFO):
         log.info("attention_bwd: q %s", describe(q))
-    q, k, v = map(_with_contiguous_cols, (q, k, v))
+    q, k, v = map(with_contiguous_cols, (q, k, v))
     inputs = dout, dlse, q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, out, lse
     if runs_kernels(q):
         from fastattn.kernels.attention_bwd import attention_bwd
@@ -266,9 +265,7 @@ def attend(
     packed = cu_seqlens_q is not None
     if attn_bias is not None:  # to four dims, here rather than in the operator so that autograd sees the view
         attn_bias = attn_bias.reshape((1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape))
-    softmax_scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
-    if abs(softmax_scale) < torch.finfo(torch.float32).tiny:
-        softmax_scale = 0.0  # so it is in float32, where a later −inf·0 would be NaN
+    softmax_scale = checks.resolved_softmax_scale(softmax_scale, q.shape[-1])
     options = _Options(
         q.shape[0 if packed else 1] if max_seqlen_q is None else max_seqlen_q,
         k.shape[0 if packed else 1] if max_seqlen_k is None else max_seqlen_k,
@@ -324,20 +321,10 @@ def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, 
         checks.check_like(op, "attn_bias", attn_bias, q, dtype=False)
         letters = "(B, H, max_seqlen_q, max_seqlen_k)" if packed else "(B, H, S_q, S_k)"
         checks.check_broadcastable(op, "attn_bias", attn_bias, (batch, heads, *bounds), letters)
-    if alibi_slopes is not None:
-        checks.check_tensor(op, "alibi_slopes", alibi_slopes)
-        checks.check_float(op, "alibi_slopes", alibi_slopes)
-        checks.check_like(op, "alibi_slopes", alibi_slopes, q, dtype=False)
-        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-            checks.reject(op, "alibi_slopes", f"have shape (H,) or (B, H) = {(batch, heads)}", tuple(alibi_slopes.shape))
-        if alibi_slopes.requires_grad and torch.is_grad_enabled():
-            checks.reject(op, "alibi_slopes", "not require a gradient (none is computed)", "requires_grad=True")
-    if sinks is not None:
-        checks.check_tensor(op, "sinks", sinks)
-        checks.check_float(op, "sinks", sinks)
-        checks.check_like(op, "sinks", sinks, q, dtype=False)
-        if tuple(sinks.shape) != (heads,):
-            checks.reject(op, "sinks", f"have shape (H,) = ({heads},)", tuple(sinks.shape))
+    checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), f"(H,) or (B, H) = {(batch, heads)}", q)
+    if wants_gradient(alibi_slopes):
+        checks.reject(op, "alibi_slopes", "not require a gradient (none is computed)", "requires_grad=True")
+    checks.check_per_head(op, "sinks", sinks, ((heads,),), f"(H,) = ({heads},)", q)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -430,19 +417,8 @@ def attention(
     if max_seqlen_k is not None:
         max_seqlen_k = checks.integer("attention", "max_seqlen_k", max_seqlen_k, "be an int or None")
     _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if not isinstance(causal, (int, torch.SymBool)):
-        checks.reject("attention", "causal", "be a bool", type(causal).__name__, TypeError)
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        checks.reject("attention", "window", "be a pair (left, right)", window)
-    window_left, window_right = (checks.window_bound("attention", "window", bound) for bound in window)
-    if causal:
-        window_right = 0
+    window_left, window_right = checks.check_scores("attention", causal, window, softmax_scale, softcap)
     checks.check_probability("attention", "dropout_p", dropout_p)
-    checks.check_softcap("attention", softcap)
-    if softmax_scale is not None:
-        checks.check_number("attention", "softmax_scale", softmax_scale)
-        if not abs(softmax_scale) <= torch.finfo(torch.float32).max:
-            checks.reject("attention", "softmax_scale", "be finite", softmax_scale)
     out, lse = attend(
         q,
         k,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Sequence
@@ -28,10 +29,15 @@ def check_tensor(op: str, arg: str, value: object) -> None:
         reject(op, arg, "not be a nested tensor (pass packed tensors with cu_seqlens)", "a nested tensor", TypeError)
 
 
+def check_device(op: str, arg: str, value: torch.Tensor, owner: str, device: torch.device) -> None:
+    """`value` lies where another tensor does; owner: whose device that is, as "q's"."""
+    if value.device != device:
+        reject(op, arg, f"be on {owner} device {device}", value.device)
+
+
 def check_like(op: str, arg: str, value: torch.Tensor, q: torch.Tensor, *, dtype: bool = True) -> None:
     """`value` lies on q's device and, unless dtype=False, has q's dtype."""
-    if value.device != q.device:
-        reject(op, arg, f"be on q's device {q.device}", value.device)
+    check_device(op, arg, value, "q's", q.device)
     if dtype and value.dtype != q.dtype:
         reject(op, arg, f"have q's dtype {q.dtype}", value.dtype, TypeError)
 
@@ -126,6 +132,29 @@ def window_bound(op: str, arg: str, bound: object) -> int | None:
     return None if bound == -1 else min(bound, MAX_WINDOW)
 
 
+def check_scores(
+    op: str, causal: object, window: object, softmax_scale: object, softcap: object
+) -> tuple[int | None, int | None]:
+    """The two sides of the window, causal among them, once all that shapes attention's scores is found to be as documented."""
+    if not isinstance(causal, (int, torch.SymBool)):
+        reject(op, "causal", "be a bool", type(causal).__name__, TypeError)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        reject(op, "window", "be a pair (left, right)", window)
+    left, right = (window_bound(op, "window", bound) for bound in window)
+    check_softcap(op, softcap)
+    if softmax_scale is not None:
+        check_number(op, "softmax_scale", softmax_scale)
+        if not abs(softmax_scale) <= torch.finfo(torch.float32).max:
+            reject(op, "softmax_scale", "be finite", softmax_scale)
+    return left, 0 if causal else right
+
+
+def resolved_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
+    """1/√D where none is given; and what float32 has no normal number for is 0, so that a later −inf·0 is none either."""
+    softmax_scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
+    return 0.0 if abs(softmax_scale) < torch.finfo(torch.float32).tiny else softmax_scale
+
+
 def check_number(op: str, arg: str, value: object) -> None:
     """A Python number (or a compiler's symbolic one). Not a tensor: reading it would synchronise and drop its gradient."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
@@ -182,5 +211,5 @@ def check_per_head(
     check_tensor(op, arg, value)
     check_float(op, arg, value)
     check_like(op, arg, value, q, dtype=False)
-    if shape(value) not in allowed:
+    if not any(shape(value) == dims for dims in allowed):  # `in` takes a compiler's symbolic size for another
         reject(op, arg, f"have shape {letters}", shape(value))

@@ -82,8 +82,7 @@ def _check(outs: Tensor, lses: Tensor) -> None:
         checks.reject(OP, "outs", "have a head_dim of at least 1", outs.shape[-1])
     if lses.dtype != torch.float32:
         checks.reject(OP, "lses", "be float32", lses.dtype, TypeError)
-    if lses.device != outs.device:
-        checks.reject(OP, "lses", f"be on outs' device {outs.device}", lses.device)
+    checks.check_device(OP, "lses", lses, "outs'", outs.device)
     *several, seqlen, num_heads, _ = outs.shape
     letters, expected = "(N, B, H, S)" if outs.dim() == 5 else "(N, H, T)", (*several, num_heads, seqlen)
     if lses.shape != expected:

@@ -208,11 +208,6 @@ def _check_rows(op: str, arg: str, t: Tensor, letters: str) -> None:
         checks.reject(op, arg, "have at least 1 column", checks.shape(t))
 
 
-def _check_on_device(op: str, arg: str, t: Tensor, of: str, device: torch.device) -> None:
-    if t.device != device:
-        checks.reject(op, arg, f"be on {of} device {device}", t.device)
-
-
 def _check_choice(op: str, arg: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         checks.reject(op, arg, f"be one of {', '.join(map(repr, choices))}", repr(value))
@@ -246,7 +241,7 @@ def _check_plan(op: str, plan: MoEPlan, arg: str, t: Tensor) -> None:
         checks.check_tensor(op, f"plan.{name}", part)
         if part.dtype != dtype:
             checks.reject(op, f"plan.{name}", f"be {str(dtype).removeprefix('torch.')}", part.dtype, TypeError)
-        _check_on_device(op, f"plan.{name}", part, f"{arg}'s", t.device)
+        checks.check_device(op, f"plan.{name}", part, f"{arg}'s", t.device)
         if part.dim() != 1:
             checks.reject(op, f"plan.{name}", "have one dim", checks.shape(part))
     if plan[0].shape != plan[1].shape:
@@ -320,7 +315,7 @@ def moe_route(
     if bias is not None:
         checks.check_tensor(op, "bias", bias)
         checks.check_float(op, "bias", bias)
-        _check_on_device(op, "bias", bias, "logits'", logits.device)
+        checks.check_device(op, "bias", bias, "logits'", logits.device)
         if bias.shape != (num_experts,):
             checks.reject(op, "bias", f"have shape (E,) = ({num_experts},)", checks.shape(bias))
         if bias.requires_grad:
@@ -392,7 +387,7 @@ def moe_load_balancing_loss(probs: Tensor, indices: Tensor) -> Tensor:
         checks.reject(op, "probs", "have shape (T, E)", checks.shape(probs))
     num_tokens, num_experts = probs.shape
     _check_indices(op, indices, num_experts)
-    _check_on_device(op, "indices", indices, "probs'", probs.device)
+    checks.check_device(op, "indices", indices, "probs'", probs.device)
     if indices.dim() != 2 or indices.shape[0] != num_tokens:
         checks.reject(op, "indices", f"have shape (T, K) with T = {num_tokens}", checks.shape(indices))
     counts = torch.ops.fastattn.moe_expert_counts(indices, num_experts)
@@ -456,7 +451,7 @@ def moe_update_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
         checks.reject(op, "bias", "have shape (E,)", checks.shape(bias))
     if bias.requires_grad:
         checks.reject(op, "bias", "not require a gradient (it is written in place)", "requires_grad=True")
-    _check_on_device(op, "counts", counts, "bias's", bias.device)
+    checks.check_device(op, "counts", counts, "bias's", bias.device)
     if counts.shape != bias.shape:
         checks.reject(op, "counts", f"have bias's shape {checks.shape(bias)}", checks.shape(counts))
     if counts.dtype == torch.bool or counts.is_complex():
@@ -556,7 +551,7 @@ def moe_combine(y: Tensor, plan: MoEPlan, weights: Tensor) -> Tensor:
     _check_rows(op, "y", y, "(T·K, H)")
     _check_plan(op, plan, "y", y)
     _check_rows(op, "weights", weights, "(T, K)")
-    _check_on_device(op, "weights", weights, "y's", y.device)
+    checks.check_device(op, "weights", weights, "y's", y.device)
     if weights.shape[0] * weights.shape[1] != plan[0].shape[0]:
         checks.reject(op, "weights", f"have shape (T, K) with T·K = {plan[0].shape[0]} to match plan", checks.shape(weights))
     if y.shape[0] != plan[0].shape[0]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastattn.cpu import paged_attention as cpu
 
 from . import checks
-from .attention import visible_pairs
+from .attention import visible_pairs, with_contiguous_cols
 from .dispatch import checks_values, describe, log, runs_kernels
 from .merge_attention import merge_attention
 from .operator import apply, define, differentiable
@@ -34,7 +33,7 @@ def _paged_attention(
     if checks_values(q):
         index = dict(cu_seqlens_q=cu_seqlens_q, leftpad=leftpad, max_seqlen_q=max_seqlen_q, window_left=window_left)
         check_paged_values(OP, q, k_cache, page_table, seqlens_k, **index)
-    q, page_table = (t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (q, page_table))
+    q, page_table = map(with_contiguous_cols, (q, page_table))
     small = seqlens_k, cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad
     small = (None if t is None else t.contiguous() for t in small)
     inputs = q, k_cache, v_cache, page_table, *small, max_seqlen_q, window_left, window_right, softmax_scale, softcap, num_splits
@@ -208,20 +207,11 @@ def check_paged(
     checks.check_per_head(op, "sinks", sinks, ((heads,),), f"(H,) = ({heads},)", q)
     for arg, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         checks.check_per_head(op, arg, scale, ((kv_heads,),), f"(H_kv,) = ({kv_heads},)", q)
-    if not isinstance(causal, (int, torch.SymBool)):
-        checks.reject(op, "causal", "be a bool", type(causal).__name__, TypeError)
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        checks.reject(op, "window", "be a pair (left, right)", window)
-    left, right = (checks.window_bound(op, "window", side) for side in window)
-    checks.check_softcap(op, softcap)
-    if softmax_scale is not None:
-        checks.check_number(op, "softmax_scale", softmax_scale)
-        if not abs(softmax_scale) <= torch.finfo(torch.float32).max:
-            checks.reject(op, "softmax_scale", "be finite", softmax_scale)
+    left, right = checks.check_scores(op, causal, window, softmax_scale, softcap)
     splits = checks.integer(op, "num_splits", num_splits, "be an int")
     if not 0 <= splits <= MAX_SPLITS:
         checks.reject(op, "num_splits", f"lie in [0, {MAX_SPLITS}]", splits)
-    return bound, left, 0 if causal else right
+    return bound, left, right
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -236,9 +226,7 @@ def attend_paged(
 
     leftpad: (B,) int32; the first leftpad[b] places of sequence b hold nothing: its keys are places leftpad[b] to seqlens_k[b].
     """
-    softmax_scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
-    if abs(softmax_scale) < torch.finfo(torch.float32).tiny:
-        softmax_scale = 0.0  # so it is in float32, where a later −inf·0 would be NaN
+    softmax_scale = checks.resolved_softmax_scale(softmax_scale, q.shape[-1])
     if max_seqlen_q is None:
         max_seqlen_q = q.shape[0 if cu_seqlens_q is not None else 1]
     tensors = cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad
