@@ -38,8 +38,10 @@ from .ops.append_paged_kv import append_paged_kv  # noqa: E402
 from .ops.attention import attention  # noqa: E402
 from .ops.cross_entropy import cross_entropy  # noqa: E402
 from .ops.glu import geglu, swiglu  # noqa: E402
+from .ops.grouped_mm import grouped_mm  # noqa: E402
 from .ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from .ops.merge_attention import merge_attention  # noqa: E402
+from .ops.moe import moe  # noqa: E402
 from .ops.moe_routing import (  # noqa: E402
     MoEPlan,
     moe_combine,
@@ -71,9 +73,11 @@ __all__ = [
     "cross_entropy",
     "flash_attn",
     "geglu",
+    "grouped_mm",
     "layer_norm",
     "linear_cross_entropy",
     "merge_attention",
+    "moe",
     "moe_combine",
     "moe_dispatch",
     "moe_expert_counts",

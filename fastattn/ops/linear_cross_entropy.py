@@ -29,7 +29,7 @@ from .cross_entropy import (
     reduce_fake,
 )
 from .dispatch import describe, log
-from .operator import apply, define, differentiable, once
+from .operator import apply, autocast, define, differentiable, once
 
 ALIGNED = 8  # logits are laid out in rows of a multiple of it, for 128-bit accesses and matmuls whatever the vocabulary
 
@@ -288,14 +288,6 @@ def _check(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, tar
         checks.reject(op, "chunk_size", "be positive", chunk_size)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """In the dtype that a surrounding autocast region gives a linear layer."""
-    if not autocasts(tensors[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(None if t is None else t.to(dtype) if t.dtype in checks.FLOAT_DTYPES else t for t in tensors)
-
-
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -349,7 +341,7 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     _check(input, linear_weight, linear_bias, target, chunk_size)
     dtype = torch.float32 if autocasts(input) else input.dtype
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     checks.check_dtype(op, "input", input)
     for arg, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if t is not None and (t.dtype != input.dtype or t.device != input.device):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import checks
+
 _library = torch.library.Library("fastattn", "FRAGMENT")
 
 
@@ -65,6 +67,15 @@ def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """In the dtype that a surrounding autocast region gives a linear layer of the first one; as they are outside of any."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in checks.FLOAT_DTYPES else t for t in tensors)
 
 
 def once(op: str, grads: Sequence[Tensor | None], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,53 @@
+"""The grouped matrix product on the CPU: one of torch's matrix products a group, on slices that are read and written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """The groups that have rows, and their rows."""
+    start = 0
+    for group, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield group, slice(start, end)
+        start = end
+
+
+def grouped_mm_fwd(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None, scatter: Tensor | None) -> Tensor:
+    num_rows = x.shape[0] if gather is None else gather.shape[0]
+    out = x.new_zeros(num_rows, w.shape[1])
+    for group, rows in groups(offsets):
+        inputs = x[rows] if gather is None else x.index_select(0, gather[rows])
+        if scatter is not None:
+            out[scatter[rows]] = product(inputs, w[group], None if bias is None else bias[group])
+        else:
+            product(inputs, w[group], None if bias is None else bias[group], out=out[rows])
+    return out
+
+
+def product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x·wᵀ + bias."""
+    return torch.mm(x, w.t(), out=out) if bias is None else torch.addmm(bias, x, w.t(), out=out)
+
+
+def grouped_mm_bwd(
+    dout: Tensor, x: Tensor, w: Tensor, offsets: Tensor, gather: Tensor | None, scatter: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    want_x, want_w, want_bias = wanted
+    dx = x.new_zeros(x.shape if want_x else 0, dtype=x.dtype if gather is None else torch.float32)
+    dw, dbias = x.new_zeros(w.shape if want_w else 0), x.new_zeros(w.shape[:2] if want_bias else 0)
+    for group, rows in groups(offsets):
+        dy = dout[rows] if scatter is None else dout.index_select(0, scatter[rows])
+        if want_x and gather is None:
+            torch.mm(dy, w[group], out=dx[rows])
+        elif want_x:
+            dx.index_add_(0, gather[rows], torch.mm(dy, w[group]).float())
+        if want_w:
+            torch.mm(dy.t(), x[rows] if gather is None else x.index_select(0, gather[rows]), out=dw[group])
+        if want_bias:
+            dbias[group] = dy.sum(0, dtype=torch.float32)
+    return dx.to(x.dtype), dw, dbias
