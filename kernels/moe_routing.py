@@ -5,7 +5,8 @@ told apart by the expert where they are equal, in one round of a maximum and a m
 
 The sort is by counting, for a slot's place is a sum: of the slots of the experts before its own, of those of its expert in the blocks
 before its own, and of those in its block before itself. Blocks are counted, the counts are summed over blocks, slots are placed:
-three launches, integers throughout, no atomics and so one order. Ids that name no expert count as one more expert, the last.
+three launches, or one where a block has all slots, integers throughout, no atomics and so one order. Ids that name no expert count as one
+more expert, the last.
 
 Gather and combine are organised by token: K rows of another matrix lie beside one of its own, which is read or written once. Nobody
 adds to what another program wrote: a token's rows are summed in fp32 in the order of k.
@@ -225,26 +226,34 @@ def _moe_place_kernel(
     STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """inverse[slot] = slots of earlier bins + those of its bin in earlier blocks + those of its bin earlier in its block; order[that] =
-    slot; and offsets, the running sums of the totals."""
+    slot; and offsets, the running sums of the totals. Where one block has all slots, there are neither counts nor totals: the place of
+    a slot is the number of those in earlier bins, or earlier in its own."""
     start = tl.program_id(0) * BLOCK
     slot = start + tl.arange(0, BLOCK)
     bin = load_bins(indices_ptr, slot, num_slots, NUM_EXPERTS)
     in_slots = bin >= 0
-    place = tl.load(counts_ptr + tl.program_id(0).to(tl.int64) * BINS + bin, mask=in_slots, other=0)
-    for at in range(0, NUM_EXPERTS, STEP):
-        expert = at + tl.arange(0, STEP)
-        total = tl.load(totals_ptr + expert, mask=expert < NUM_EXPERTS, other=0)
-        place += tl.sum(tl.where(expert[None, :] < bin[:, None], total[None, :], 0), 1)
+    place = tl.zeros((BLOCK,), tl.int32)
+    if counts_ptr is not None:
+        place = tl.load(counts_ptr + tl.program_id(0).to(tl.int64) * BINS + bin, mask=in_slots, other=0)
+        for at in range(0, NUM_EXPERTS, STEP):
+            expert = at + tl.arange(0, STEP)
+            total = tl.load(totals_ptr + expert, mask=expert < NUM_EXPERTS, other=0)
+            place += tl.sum(tl.where(expert[None, :] < bin[:, None], total[None, :], 0), 1)
     for at in range(0, BLOCK, STEP):
         other = start + at + tl.arange(0, STEP)
         other_bin = load_bins(indices_ptr, other, num_slots, NUM_EXPERTS)
         earlier = (other_bin[None, :] == bin[:, None]) & (other[None, :] < slot[:, None])
+        if counts_ptr is None:
+            earlier = earlier | ((other_bin[None, :] >= 0) & (other_bin[None, :] < bin[:, None]))
         place += tl.sum(earlier.to(tl.int32), 1)
     tl.store(inverse_ptr + slot, place.to(tl.int64), mask=in_slots)
     tl.store(order_ptr + place, slot.to(tl.int64), mask=in_slots)
     if tl.program_id(0) == 0:
         expert = tl.arange(0, BINS)
-        total = tl.load(totals_ptr + expert, mask=expert < NUM_EXPERTS, other=0)
+        if counts_ptr is not None:
+            total = tl.load(totals_ptr + expert, mask=expert < NUM_EXPERTS, other=0)
+        else:
+            total = tl.histogram(tl.maximum(bin, 0), BINS, mask=in_slots)
         tl.store(offsets_ptr + expert, tl.cumsum(total, 0), mask=expert < NUM_EXPERTS)
 
 
@@ -433,18 +442,24 @@ def moe_route_bwd(
 
 
 def moe_dispatch(indices: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the three kernels of the sort over indices (T, K) int32 or int64, whatever they hold. Returns order and inverse (T·K,)
-    int64 and offsets (E,) int32."""
-    indices = indices.contiguous()
-    order, inverse = (torch.empty(indices.numel(), dtype=torch.int64, device=indices.device) for _ in range(2))
+    """Launch the three kernels of the sort, or the last alone if one block has all slots, over indices (T, K) int32 or int64, whatever they
+    hold. Returns order and inverse (T·K,) int64 and offsets (E,) int32."""
+    indices, num_slots = indices.contiguous(), indices.numel()
+    order, inverse = (torch.empty(num_slots, dtype=torch.int64, device=indices.device) for _ in range(2))
     offsets = torch.empty(num_experts, dtype=torch.int32, device=indices.device)
-    counts, totals = _count("moe_dispatch", indices, num_experts, torch.int32)
+    counts = totals = None
+    if num_slots > SORT_BLOCK:
+        counts, totals = _count("moe_dispatch", indices, num_experts, torch.int32)
     launch(
-        _moe_place_kernel, (counts.shape[0],), indices.device,
+        _moe_place_kernel, (max(1, triton.cdiv(num_slots, SORT_BLOCK)),), indices.device,
         indices_ptr=indices, counts_ptr=counts, totals_ptr=totals, order_ptr=order, inverse_ptr=inverse, offsets_ptr=offsets,
-        num_slots=indices.numel(), NUM_EXPERTS=num_experts, BINS=counts.shape[1], STEP=SORT_STEP, BLOCK=SORT_BLOCK, num_warps=4,
+        num_slots=num_slots, NUM_EXPERTS=num_experts, BINS=_num_bins(num_experts), STEP=SORT_STEP, BLOCK=SORT_BLOCK, num_warps=4,
     )  # fmt: skip
     return order, inverse, offsets
+
+
+def _num_bins(num_experts: int) -> int:
+    return max(64, triton.next_power_of_2(num_experts + 1))
 
 
 def moe_expert_counts(indices: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -456,7 +471,7 @@ def _count(op: str, indices: torch.Tensor, num_experts: int, dtype: torch.dtype)
     """(counts, totals): of each bin, how many slots lie in the blocks before each block, (blocks, bins) int32; of each expert, in all."""
     num_slots = indices.numel()
     check_grid(op, num_slots + SORT_BLOCK)  # slots, which the kernels count in 32 bits
-    num_blocks, bins = max(1, triton.cdiv(num_slots, SORT_BLOCK)), max(64, triton.next_power_of_2(num_experts + 1))
+    num_blocks, bins = max(1, triton.cdiv(num_slots, SORT_BLOCK)), _num_bins(num_experts)
     counts = torch.empty(num_blocks, bins, dtype=torch.int32, device=indices.device)
     totals = torch.empty(num_experts, dtype=dtype, device=indices.device)
     launch(

@@ -342,7 +342,7 @@ def test_bias_balances_a_skewed_router():
 # The sort.
 
 # (T, E, K): one block and several, more bins than a scan takes at once, one expert, one token, all of them.
-PLANS = [(0, 3, 2), (1, 1, 1), (1, 512, 8), (5, 4, 2), (129, 2, 4), (300, 16, 3), (90, 511, 6), (3, 8, 8), (70, 1, 1)]
+PLANS = [(0, 3, 2), (1, 1, 1), (1, 512, 8), (5, 4, 2), (64, 9, 4), (129, 2, 4), (300, 16, 3), (90, 511, 6), (3, 8, 8), (70, 1, 1)]
 
 
 @pytest.mark.both
@@ -761,9 +761,10 @@ def test_numbers_of_tokens_choose_no_variant(as_on_cuda):
     with stub_driver():
         for num_tokens in (1, 2, 15, 16, 17, 64, 1000, 4097):
             every_operator(as_on_cuda, num_tokens)
-        for name in ("route_fwd", "route_bwd", "count", "place", "gather_fwd", "combine_fwd", "combine_bwd"):
+        for name in ("route_fwd", "route_bwd", "count", "gather_fwd", "combine_fwd", "combine_bwd"):
             assert compiled_variants(getattr(moe_routing, f"_moe_{name}_kernel")) == 1, name
         assert compiled_variants(moe_routing._moe_scan_kernel) == 2  # totals in int32 for a plan, in int64 for counts
+        assert compiled_variants(moe_routing._moe_place_kernel) == 2  # of slots that one block has, and of more
 
 
 def test_more_slots_or_tokens_than_32_bits_count_are_refused():

@@ -48,6 +48,7 @@ SLACK = {
     "hot_loop_local": lambda golden: golden,
     "hot_loop_instructions": lambda golden: golden * 1.02,
 }
+PICKERS = ("pick_config", "pick_row_config", "pick_paged_config", "pick_grouped_config")  # not hashed: the row's own tile is
 MAX_CHANGED = 60  # jobs whose sources changed that `--changed` still recompiles
 
 
@@ -124,7 +125,7 @@ def _sources(launcher: str) -> tuple[str, ...]:
     while pending:
         item = pending.pop()
         plain = getattr(item, "fn", item)  # what @triton.jit wraps
-        if id(plain) in seen or plain.__name__ in ("pick_config", "pick_row_config", "pick_paged_config"):  # the row's own tile is hashed
+        if id(plain) in seen or plain.__name__ in PICKERS:
             continue
         seen.add(id(plain))
         text, names = _code(inspect.getsource(plain))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 OPS = (
-    "append_paged_kv", "attention", "cross_entropy", "glu", "merge_attention", "moe_routing", "norm",
+    "append_paged_kv", "attention", "cross_entropy", "glu", "grouped_mm", "merge_attention", "moe", "moe_routing", "norm",
     "paged_attention", "rotary", "sampling", "softmax",
 )  # fmt: skip
 PARTS = {"sm80": (8, 0), "sm90": (9, 0), "sm100": (10, 0), "sm120": (12, 0)}

@@ -36,7 +36,7 @@ def launch(job: Job, **override: Any) -> None:
     if job.launcher in ROUTING:
         _route(job, **override)
     elif job.launcher in SORTING:
-        moe_dispatch(torch.zeros(TOKENS, 8, dtype=torch.int64), job.size)
+        moe_dispatch(torch.zeros(TOKENS if job.flags == "ids" else 8, 8, dtype=torch.int64), job.size)
     else:
         _move(job, **override)
 
@@ -95,7 +95,7 @@ FAMILY = Family(
     launchers=ROUTING | SORTING | MOVING,
     launch=launch,
     sizes=dict.fromkeys(ROUTING, (64, 256, 512)) | dict.fromkeys(SORTING, (64, 512)) | dict.fromkeys(MOVING, (64, 4096)),
-    flags=dict.fromkeys(ROUTING, tuple(ROUTERS)) | dict.fromkeys(SORTING, ("ids",)) | dict.fromkeys(MOVING, tuple(TOP_K)),
+    flags=dict.fromkeys(ROUTING, tuple(ROUTERS)) | dict.fromkeys(SORTING, ("ids", "few-ids")) | dict.fromkeys(MOVING, tuple(TOP_K)),
     tiles=tiles,
     named=named,
     rules=rules,
