@@ -13,7 +13,7 @@ PYTEST = $(PY) -m pytest -n $(JOBS)
 # Each test process keeps to one core, and the processes share them.
 TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup setup-hf bench test test-more test-second-torch demo gpu lint cards cards-check dump clean
+.PHONY: help setup setup-hf bench test test-more test-second-torch demo demo-moe gpu lint cards cards-check dump clean
 
 help:
 	@echo "make bench              verify attention, then time it against its peers on this machine"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-more          long sweeps, every kernel card, the second torch"
 	@echo "make test-second-torch  import, interpret and compile under torch 2.11 and Triton 3.6"
 	@echo "make demo               a real language model running on fastattn's attention"
+	@echo "make demo-moe           a small mixture of experts that learns real text"
 	@echo "make gpu                tests and benchmark with GPU_PYTHON's own torch; downloads nothing; results in OUT"
 	@echo "make lint               ruff"
 	@echo "make cards              rewrite the kernel cards: registers, spills, shared memory of each tile"
@@ -53,6 +54,9 @@ bench: $(VENV)/.setup
 
 demo: $(VENV)/.setup-hf
 	$(PY) examples/demo.py
+
+demo-moe: $(VENV)/.setup
+	$(PY) examples/train_moe.py
 
 # Two processes, since Triton reads TRITON_INTERPRET when a kernel is defined.
 test: $(VENV)/.setup

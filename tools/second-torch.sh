@@ -55,6 +55,6 @@ TRITON_INTERPRET=1 "${pytest[@]}" -m "interpret and not more" \
   tests/test_testing_checker.py tests/test_attention_op_interpret.py tests/test_attention.py::test_features
 "${pytest[@]}" -m "not interpret and not more and not gpu" \
   tests/test_testing_stub_driver.py tests/test_testing_sass.py tests/test_launch_path.py tests/test_attention_op.py
-rows=(tests/test_{softmax,norm,rotary,glu,cross_entropy,linear_cross_entropy,sampling,merge_attention,append_paged_kv,paged_attention,moe_routing}.py)
+rows=(tests/test_{softmax,norm,rotary,glu,cross_entropy,linear_cross_entropy,sampling,merge_attention,append_paged_kv,paged_attention,moe_routing,grouped_mm,moe}.py)
 TRITON_INTERPRET=1 "${pytest[@]}" -m "(interpret or both) and not more" -k "values or operator or order" "${rows[@]}"
 "${pytest[@]}" -m "not interpret and not more and not gpu" -k "operator or cuda or compile or values" "${rows[@]}"

@@ -1,0 +1,292 @@
+"""A mixture of experts as a module: router, experts, and around them a shared expert, capacities and what balances the load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.ops import checks
+from fastattn.ops.glu import swiglu
+from fastattn.ops.moe import moe
+from fastattn.ops.moe_routing import (
+    moe_dispatch,
+    moe_expert_counts,
+    moe_load_balancing_loss,
+    moe_route,
+    moe_update_bias,
+    moe_z_loss,
+)
+
+_OP = "MoE"
+
+
+class MoEAux(NamedTuple):
+    """What a training loop does with a forward's routing. Both losses are 0-d fp32, with gradients to the router and no coefficient.
+
+    load_balancing_loss: Switch's E·Σ f_e·p_e, K where tokens are spread evenly. z_loss: the mean squared log-sum-exp of the logits.
+    expert_counts: (E,) int64, the slots that chose each expert, before any is dropped.
+    """
+
+    load_balancing_loss: Tensor
+    z_loss: Tensor
+    expert_counts: Tensor
+
+
+class Router(torch.nn.Module):
+    """The logits of E experts: x·weightᵀ + bias, in float32 if `fp32`. e_score_correction_bias, where there is one, moves the choice."""
+
+    def __init__(self, hidden_size: int, num_experts: int, bias: bool, selection_bias: bool, fp32: bool, **made: Any) -> None:
+        super().__init__()
+        self.fp32 = fp32
+        self.weight = torch.nn.Parameter(torch.empty(num_experts, hidden_size, **made))
+        self.bias = torch.nn.Parameter(torch.empty(num_experts, **made)) if bias else None
+        correction = torch.zeros(num_experts, dtype=torch.float32, device=made["device"]) if selection_bias else None
+        self.register_buffer("e_score_correction_bias", correction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if self.fp32:
+            x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+        return F.linear(x, weight, bias)
+
+
+class Experts(torch.nn.Module):
+    """`fastattn.moe` over matrices of its own, named and laid out as transformers has them."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, num_experts: int, activation: str, bias: bool, layout: str, transposed: bool,
+        **made: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.options = {"activation": activation, "layout": layout, "transposed": transposed}
+        shapes = {"gate_up_proj": (2 * intermediate_size, hidden_size), "down_proj": (hidden_size, intermediate_size)}
+        for name, (rows, cols) in shapes.items():
+            size = (cols, rows) if transposed else (rows, cols)
+            self.register_parameter(name, torch.nn.Parameter(torch.empty(num_experts, *size, **made)))
+            of_rows = torch.nn.Parameter(torch.empty(num_experts, rows, **made)) if bias else None
+            self.register_parameter(f"{name}_bias", of_rows)
+
+    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        biases = {"gate_up_bias": self.gate_up_proj_bias, "down_bias": self.down_proj_bias}
+        return moe(x, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, **biases, **self.options)
+
+
+class SharedExpert(torch.nn.Module):
+    """A SwiGLU MLP that every token goes through."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, **made: Any) -> None:
+        super().__init__()
+        self.gate_proj = torch.nn.Linear(hidden_size, intermediate_size, bias=False, **made)
+        self.up_proj = torch.nn.Linear(hidden_size, intermediate_size, bias=False, **made)
+        self.down_proj = torch.nn.Linear(intermediate_size, hidden_size, bias=False, **made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class MoE(torch.nn.Module):
+    """Router, experts and their weighted sum, as the layers of Mixtral, Qwen3-MoE, gpt-oss and DeepSeek-V3 have them.
+
+    `MoE.mixtral(…)`, `MoE.qwen3_moe(…)`, `MoE.gpt_oss(…)` and `MoE.deepseek_v3(…)` are these options by name, whose state_dict is such a
+    block's in transformers; `MoE.from_transformers(block)` takes sizes and weights from one.
+
+    Args:
+        hidden_size, intermediate_size: H and I. num_experts: E, up to 512. top_k: K.
+        activation: of the experts: "swiglu", "geglu" or "clamped_swiglu", as in `fastattn.moe`.
+        score, order, renormalize, scaling_factor, num_groups, top_k_groups: how tokens are routed, as in `fastattn.moe_route`.
+        router_bias: give the router's linear layer a bias.
+        router_fp32: compute the logits in float32.
+        selection_bias: a buffer gate.e_score_correction_bias (E,) that moves the choice, 0 at first: `update_bias` balances the load by
+            it, without a loss (arXiv 2408.15664).
+        expert_bias: give both projections of the experts a bias.
+        layout, transposed: how the experts' matrices lie, as in `fastattn.moe`.
+        shared_intermediate_size: that of an expert which every token goes through, whose output is added; None for none.
+        capacity_factor: c lets an expert take ⌈c·T·K/E⌉ of a forward's T·K slots, first come first served (in the order of tokens, then
+            of k); the others are dropped: they add nothing. None, as everywhere today, drops none.
+
+    forward(x) → (out, aux): x (…, H), out like x, and `MoEAux`. Nothing waits for the GPU.
+
+    Raises: ValueError, TypeError for arguments that do not fit.
+
+    Example:
+        >>> layer = fastattn.nn.MoE.mixtral(64, 96, num_experts=8, top_k=2)
+        >>> out, aux = layer(torch.randn(2, 10, 64))
+        >>> loss = out.square().mean() + 0.01 * aux.load_balancing_loss
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        activation: str = "swiglu",
+        score: str = "softmax",
+        order: str = "score_then_topk",
+        renormalize: bool = False,
+        scaling_factor: float = 1.0,
+        num_groups: int | None = None,
+        top_k_groups: int | None = None,
+        router_bias: bool = False,
+        router_fp32: bool = False,
+        selection_bias: bool = False,
+        expert_bias: bool = False,
+        layout: str = "concatenated",
+        transposed: bool = False,
+        shared_intermediate_size: int | None = None,
+        capacity_factor: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts, "top_k": top_k}
+        for arg, value in sizes.items():
+            if checks.integer(_OP, arg, value, "be an int") < 1:
+                checks.reject(_OP, arg, "be positive", value)
+        if top_k > num_experts:
+            checks.reject(_OP, "top_k", f"be at most num_experts = {num_experts}", top_k)
+        if capacity_factor is not None:
+            checks.check_number(_OP, "capacity_factor", capacity_factor)
+            if not 0.0 < capacity_factor < math.inf:
+                checks.reject(_OP, "capacity_factor", "be None or positive and finite", capacity_factor)
+        self.hidden_size, self.num_experts, self.top_k, self.capacity_factor = hidden_size, num_experts, top_k, capacity_factor
+        self.routing = {
+            "score": score, "order": order, "renormalize": renormalize, "scaling_factor": scaling_factor, "num_groups": num_groups,
+            "top_k_groups": top_k_groups,
+        }  # fmt: skip
+        made = {"device": device, "dtype": dtype}
+        self.gate = Router(hidden_size, num_experts, router_bias, selection_bias, router_fp32, **made)
+        self.experts = Experts(hidden_size, intermediate_size, num_experts, activation, expert_bias, layout, transposed, **made)
+        shared = shared_intermediate_size
+        self.shared_experts = None if shared is None else SharedExpert(hidden_size, shared, **made)
+        self.register_load_state_dict_pre_hook(_rename_router)
+        self.reset_parameters()
+
+    @classmethod
+    def mixtral(cls, hidden_size: int, intermediate_size: int, num_experts: int = 8, top_k: int = 2, **options: Any) -> MoE:
+        """Mixtral's block: a softmax over all experts, renormalised over the chosen."""
+        return cls(hidden_size, intermediate_size, num_experts, top_k, renormalize=True, **options)
+
+    @classmethod
+    def qwen3_moe(
+        cls, hidden_size: int, intermediate_size: int, num_experts: int = 128, top_k: int = 8, *, norm_topk_prob: bool = True,
+        **options: Any,
+    ) -> MoE:  # fmt: skip
+        """Qwen3-MoE's block: Mixtral's, renormalised if norm_topk_prob."""
+        return cls(hidden_size, intermediate_size, num_experts, top_k, renormalize=norm_topk_prob, **options)
+
+    @classmethod
+    def gpt_oss(cls, hidden_size: int, intermediate_size: int, num_experts: int = 32, top_k: int = 4, **options: Any) -> MoE:
+        """gpt-oss's block: a softmax over the chosen alone, biases everywhere, clamped SwiGLU, interleaved and transposed matrices."""
+        return cls(
+            hidden_size, intermediate_size, num_experts, top_k, order="topk_then_score", router_bias=True, expert_bias=True,
+            activation="clamped_swiglu", layout="interleaved", transposed=True, **options,
+        )  # fmt: skip
+
+    @classmethod
+    def deepseek_v3(
+        cls, hidden_size: int, intermediate_size: int, num_experts: int = 256, top_k: int = 8, *, num_groups: int = 8,
+        top_k_groups: int = 4, scaling_factor: float = 2.5, norm_topk_prob: bool = True, num_shared_experts: int = 1, **options: Any,
+    ) -> MoE:  # fmt: skip
+        """DeepSeek-V3's block: sigmoid scores of float32 logits, a selection bias, groups, and shared experts as one of their size."""
+        return cls(
+            hidden_size, intermediate_size, num_experts, top_k, score="sigmoid", renormalize=norm_topk_prob, num_groups=num_groups,
+            top_k_groups=top_k_groups, scaling_factor=scaling_factor, selection_bias=True, router_fp32=True,
+            shared_intermediate_size=num_shared_experts * intermediate_size or None, **options,
+        )  # fmt: skip
+
+    @classmethod
+    def from_transformers(cls, block: torch.nn.Module) -> MoE:
+        """A layer with the sizes, the routing and a copy of the weights of a transformers (5) block: MixtralSparseMoeBlock,
+        Qwen3MoeSparseMoeBlock, GptOssMLP or DeepseekV3MoE; its dtype and device."""
+        name = type(block).__name__
+        if name not in _BLOCKS:
+            checks.reject(_OP, "block", f"be one of {', '.join(_BLOCKS)}", name, TypeError)
+        weight = next(block.experts.parameters())
+        made = _BLOCKS[name](cls, block, {"device": weight.device, "dtype": weight.dtype})
+        made.load_state_dict(block.state_dict())
+        return made
+
+    def reset_parameters(self) -> None:
+        """As torch's linear layers: uniform within 1/√(input size), biases too."""
+        experts = self.experts
+        inner = experts.down_proj.shape[1 if experts.options["transposed"] else 2]
+        of_hidden_size = (self.gate.weight, self.gate.bias, experts.gate_up_proj, experts.gate_up_proj_bias)
+        for fan, tensors in ((self.hidden_size, of_hidden_size), (inner, (experts.down_proj, experts.down_proj_bias))):
+            for t in tensors:
+                if t is not None:
+                    torch.nn.init.uniform_(t, -(fan**-0.5), fan**-0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, MoEAux]:
+        checks.check_tensor(_OP, "x", x)
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
+            checks.reject(_OP, "x", f"have shape (…, H) with H = {self.hidden_size}", checks.shape(x))
+        tokens = x.reshape(-1, self.hidden_size)
+        logits = self.gate(tokens)
+        weights, indices = moe_route(logits, self.top_k, bias=self.gate.e_score_correction_bias, **self.routing)
+        kept = indices if self.capacity_factor is None else self._within_capacity(indices)
+        out = self.experts(tokens, kept, weights)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(tokens)
+        return out.view(x.shape), self._aux(logits, indices)
+
+    def _within_capacity(self, indices: Tensor) -> Tensor:
+        """The ids, but num_experts, which is nobody, of a slot that comes after its expert's last."""
+        capacity = math.ceil(self.capacity_factor * indices.numel() / self.num_experts)
+        _, inverse, offsets = moe_dispatch(indices, self.num_experts)
+        starts = F.pad(offsets[:-1], (1, 0))
+        place = inverse.view(indices.shape) - starts[indices]  # among the slots of its expert, which a stable sort keeps in order
+        return indices.masked_fill(place >= capacity, self.num_experts)
+
+    def _aux(self, logits: Tensor, indices: Tensor) -> MoEAux:
+        logits = logits.float()
+        if self.routing["score"] == "softmax":
+            probs = logits.softmax(-1)
+        else:
+            probs = logits.sigmoid()
+            probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
+        return MoEAux(moe_load_balancing_loss(probs, indices), moe_z_loss(logits), moe_expert_counts(indices, self.num_experts))
+
+    def update_bias(self, expert_counts: Tensor, rate: float = 1e-3) -> None:
+        """Move the selection bias by `rate` toward experts with fewer slots than the mean, in place: once a step, on the counts of all
+        ranks together."""
+        if self.gate.e_score_correction_bias is None:
+            checks.reject(_OP, "selection_bias", "be True to update it", False)
+        moe_update_bias(self.gate.e_score_correction_bias, expert_counts, rate)
+
+    def extra_repr(self) -> str:
+        routing = ", ".join(f"{name}={value!r}" for name, value in self.routing.items() if value not in (None, False, 1.0))
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, capacity_factor={self.capacity_factor}, {routing}"
+
+
+def _rename_router(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """gpt-oss calls it `router`."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}router.")]:
+        state_dict[f"{prefix}gate.{key.removeprefix(f'{prefix}router.')}"] = state_dict.pop(key)
+
+
+def _sizes(block: Any, router: Any) -> tuple[int, int, int, int]:
+    """(H, I, E, K), of what all of these blocks have."""
+    num_experts, hidden_size = router.weight.shape
+    return hidden_size, block.experts.down_proj.numel() // (num_experts * hidden_size), num_experts, router.top_k
+
+
+# By the class of a transformers block: the layer of its sizes.
+_BLOCKS: dict[str, Callable[[type[MoE], Any, dict[str, Any]], MoE]] = {
+    "MixtralSparseMoeBlock": lambda cls, block, made: cls.mixtral(*_sizes(block, block.gate), **made),
+    "Qwen3MoeSparseMoeBlock": lambda cls, block, made: cls.qwen3_moe(
+        *_sizes(block, block.gate), norm_topk_prob=block.gate.norm_topk_prob, **made
+    ),
+    "GptOssMLP": lambda cls, block, made: cls.gpt_oss(*_sizes(block, block.router), **made),
+    "DeepseekV3MoE": lambda cls, block, made: cls.deepseek_v3(
+        *_sizes(block, block.gate), num_groups=block.gate.num_group, top_k_groups=block.gate.topk_group,
+        scaling_factor=block.gate.routed_scaling_factor, norm_topk_prob=block.gate.norm_topk_prob,
+        num_shared_experts=block.shared_experts.gate_proj.out_features // _sizes(block, block.gate)[1], **made,
+    ),
+}  # fmt: skip

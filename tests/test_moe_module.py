@@ -1,0 +1,232 @@
+"""fastattn.nn.MoE: transformers' blocks by their weights, routing, capacity, the shared expert, what balances the load.
+
+On the CPU path; `both` tests also run on the kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from torch import nn
+
+import fastattn
+from fastattn import reference
+from fastattn.nn import MoE
+from fastattn.testing.budget import check_budget
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+# --------------------------------------------------------------------------------------------------------------------
+# transformers' blocks.
+
+BLOCKS = {
+    "mixtral": ("mixtral", "MixtralConfig", "MixtralSparseMoeBlock", dict(intermediate_size=24, num_local_experts=6)),
+    "qwen3": ("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeSparseMoeBlock", dict(moe_intermediate_size=24, num_experts=6, norm_topk_prob=False)),
+    "qwen3 normed": ("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeSparseMoeBlock", dict(moe_intermediate_size=24, num_experts=6, norm_topk_prob=True)),
+    "gpt-oss": ("gpt_oss", "GptOssConfig", "GptOssMLP", dict(intermediate_size=24, num_local_experts=6)),
+    "deepseek": ("deepseek_v3", "DeepseekV3Config", "DeepseekV3MoE", dict(
+        moe_intermediate_size=24, n_routed_experts=6, n_group=3, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5,
+        n_shared_experts=2,
+    )),
+}  # fmt: skip
+NAMED = pytest.mark.parametrize("name", BLOCKS)
+
+
+def block_of(name, dtype=F32):
+    """A transformers block of eager experts with random weights."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    folder, config, block, fields = BLOCKS[name]
+    config = getattr(transformers, config)(hidden_size=32, num_experts_per_tok=3, hidden_act="silu", **fields)
+    config._experts_implementation = "eager"
+    made = getattr(import_module(f"transformers.models.{folder}.modeling_{folder}"), block)(config)
+    for t in (*made.parameters(), *made.buffers()):
+        nn.init.normal_(t, std=0.3)
+    return made.to(dtype)
+
+
+def results_of(module, x, dout):
+    """Output and the gradients of x and of every parameter, by name."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    out = out[0] if isinstance(out, tuple) else out
+    grads = torch.autograd.grad(out, [x, *module.parameters()], dout)
+    names = [name.replace("router.", "gate.") for name, _ in module.named_parameters()]
+    return {"out": out.detach(), "dx": grads[0]} | dict(zip(names, grads[1:], strict=True))
+
+
+@pytest.mark.both
+@NAMED
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_a_transformers_block_by_its_weights(name, dtype):
+    block = block_of(name, dtype)
+    x, dout = torch.randn(2, 40, 32).to(dtype), torch.randn(2, 40, 32).to(dtype)
+    ours = MoE.from_transformers(block)
+    got, naive, truth = results_of(ours, x, dout), results_of(block, x, dout), results_of(copy.deepcopy(block).double(), x.double(), dout.double())
+    assert got.keys() == naive.keys()
+    # A token whose choice hangs on a rounding of its logits goes elsewhere in float64: all that is held here is what is alike.
+    same = (naive["out"].double() - truth["out"]).abs().amax(-1) < 0.3
+    if not same.all():
+        x, dout = x[same][None], dout[same][None]
+        got, naive, truth = results_of(ours, x, dout), results_of(block, x, dout), results_of(copy.deepcopy(block).double(), x.double(), dout.double())
+    for key, value in got.items():
+        check_budget(f"{name} {key}", value, naive[key], truth[key])
+
+
+@NAMED
+def test_presets_have_the_names_and_shapes_of_transformers(name):
+    block = block_of(name)
+    preset = {"mixtral": MoE.mixtral, "qwen3": MoE.qwen3_moe, "gpt-oss": MoE.gpt_oss, "deepseek": MoE.deepseek_v3}[name.split()[0]]
+    groups = dict(num_groups=3, top_k_groups=2, num_shared_experts=2) if name == "deepseek" else {}
+    ours = preset(32, 24, 6, 3, **groups)
+    expected = {key.replace("router.", "gate."): value for key, value in block.state_dict().items()}
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {key: value.shape for key, value in expected.items()}
+    model = nn.ModuleDict({"mlp": ours})
+    model.load_state_dict({f"mlp.{key}": value for key, value in block.state_dict().items()})
+    for key, value in ours.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_other_blocks_are_refused():
+    with pytest.raises(TypeError, match=r"MoE: block must be one of MixtralSparseMoeBlock, .*, got Linear"):
+        MoE.from_transformers(nn.Linear(2, 2))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What it computes.
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("options", [{}, dict(score="sigmoid", renormalize=True, scaling_factor=2.0), dict(num_groups=2, top_k_groups=1)], ids=str)
+@pytest.mark.parametrize("shared", [None, 20])
+def test_is_router_experts_and_shared_expert(options, shared):
+    layer, x = MoE(16, 12, 8, 2, shared_intermediate_size=shared, **options), torch.randn(3, 5, 16)
+    out, aux = layer(x)
+    tokens = x.view(-1, 16)
+    logits = tokens @ layer.gate.weight.T
+    weights, indices = reference.moe_route(logits, 2, **options)
+    expected = reference.moe(tokens, indices, weights, layer.experts.gate_up_proj, layer.experts.down_proj)
+    if shared:
+        mlp = layer.shared_experts
+        expected = expected + mlp.down_proj(reference.swiglu(mlp.gate_proj(tokens), mlp.up_proj(tokens)))
+    assert out.shape == x.shape
+    torch.testing.assert_close(out.view(-1, 16), expected, rtol=1e-4, atol=1e-5)
+    assert aux.expert_counts.tolist() == [(indices == e).sum().item() for e in range(8)]
+    torch.testing.assert_close(aux.z_loss, logits.logsumexp(1).square().mean())
+    probs = logits.softmax(1) if "score" not in options else logits.sigmoid() / logits.sigmoid().sum(1, keepdim=True)
+    torch.testing.assert_close(aux.load_balancing_loss, 8 * (aux.expert_counts / len(tokens) * probs.mean(0)).sum())
+    (aux.load_balancing_loss + aux.z_loss).backward()
+    assert layer.gate.weight.grad.abs().sum() > 0 and layer.experts.down_proj.grad is None
+
+
+def dropped_by_hand(indices, num_experts, factor):
+    """Each expert's first ⌈factor·slots / num_experts⌉ slots keep their id."""
+    left = [math.ceil(factor * indices.numel() / num_experts)] * num_experts
+    kept = indices.clone().flatten()
+    for slot, expert in enumerate(indices.flatten().tolist()):
+        if left[expert] == 0:
+            kept[slot] = num_experts
+        else:
+            left[expert] -= 1
+    return kept.view(indices.shape)
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("factor", [0.01, 0.5, 1.0, 1.25, 8.0])
+def test_capacity_drops_who_comes_late(factor):
+    layer, x = MoE(16, 12, 8, 2, capacity_factor=factor), torch.randn(70, 16) + 0.5
+    weights, indices = fastattn.moe_route(layer.gate(x), 2)
+    kept = dropped_by_hand(indices, 8, factor)
+    assert torch.equal(layer._within_capacity(indices), kept)
+    assert ((kept == 8).any() or factor == 8.0) and (factor < 8.0 or torch.equal(kept, indices))
+    out, aux = layer(x)
+    torch.testing.assert_close(out, fastattn.moe(x, kept, weights, layer.experts.gate_up_proj, layer.experts.down_proj))
+    assert aux.expert_counts.sum() == 140
+
+
+def test_a_selection_bias_balances_the_load():
+    layer, x = MoE(16, 12, 8, 2, score="sigmoid", selection_bias=True), torch.randn(300, 16) + 1.0
+    spread = []
+    for _ in range(150):
+        with torch.no_grad():
+            counts = layer(x)[1].expert_counts
+        spread.append((counts.max() - counts.min()).item())
+        layer.update_bias(counts, 0.01)
+    assert spread[0] > 60 and max(spread[-10:]) < spread[0] / 2
+    assert "gate.e_score_correction_bias" in layer.state_dict() and layer.gate.e_score_correction_bias.abs().sum() > 0
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("shape", [(0, 16), (16,), (2, 0, 16), (1, 1, 16)], ids=str)
+def test_any_number_of_tokens(shape):
+    layer = MoE.mixtral(16, 12, 4, 2)
+    x = torch.randn(shape, requires_grad=True)
+    out, aux = layer(x)
+    assert out.shape == x.shape and aux.expert_counts.sum() == 2 * (x.numel() // 16)
+    out.sum().backward()
+    assert x.grad.shape == x.shape and layer.experts.gate_up_proj.grad.isfinite().all()
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    layer, x = MoE.deepseek_v3(16, 12, 8, 2, num_groups=2, top_k_groups=1, capacity_factor=1.0), torch.randn(50, 16)
+    compiled = torch.compile(layer, fullgraph=True)
+    for got, expected in zip((*compiled(x)[1], compiled(x)[0]), (*layer(x)[1], layer(x)[0]), strict=True):
+        torch.testing.assert_close(got, expected)
+    compiled(x)[0].sum().backward()
+    assert layer.gate.weight.grad.isfinite().all()
+    torch._dynamo.reset()
+
+
+def test_under_autocast_it_computes_in_half_precision():
+    layer, x = MoE.gpt_oss(16, 12, 4, 2), torch.randn(30, 16)
+    with torch.autocast("cpu", BF16):
+        out, aux = layer(x)
+    assert out.dtype == BF16 and aux.z_loss.dtype == F32
+    out.float().sum().backward()
+    assert layer.experts.gate_up_proj.grad.dtype == F32
+    torch.testing.assert_close(out.float(), layer(x)[0], rtol=0.1, atol=0.1)
+
+
+def test_state_dict_copy_and_repr():
+    layer = MoE.deepseek_v3(16, 12, 8, 2, num_groups=2, top_k_groups=1, dtype=BF16)
+    other = MoE.deepseek_v3(16, 12, 8, 2, num_groups=2, top_k_groups=1, dtype=BF16)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 16).to(BF16)
+    for twin in (other, copy.deepcopy(layer)):
+        assert torch.equal(twin(x)[0], layer(x)[0])
+    assert "num_experts=8, top_k=2" in repr(layer) and "score='sigmoid'" in repr(layer)
+    assert layer.gate.e_score_correction_bias.dtype == F32 and layer.experts.down_proj.dtype == BF16
+    with torch.device("meta"):
+        assert MoE.mixtral(4096, 14336).experts.gate_up_proj.shape == (8, 28672, 4096)
+
+
+ERRORS = {
+    "hidden_size must be positive, got 0": dict(hidden_size=0),
+    "top_k must be at most num_experts = 4, got 5": dict(top_k=5),
+    "top_k must be an int, got float": dict(top_k=2.0),
+    "capacity_factor must be None or positive and finite, got 0": dict(capacity_factor=0),
+    "capacity_factor must be None or positive and finite, got inf": dict(capacity_factor=math.inf),
+    "capacity_factor must be a Python number, got str": dict(capacity_factor="1"),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(message):
+    sizes = dict(hidden_size=16, intermediate_size=12, num_experts=4, top_k=2)
+    with pytest.raises((ValueError, TypeError)) as error:
+        MoE(**(sizes | ERRORS[message]))
+    assert str(error.value) == f"MoE: {message}"
+
+
+def test_errors_of_a_forward():
+    layer = MoE.mixtral(16, 12, 4, 2)
+    with pytest.raises(ValueError, match=r"MoE: x must have shape \(…, H\) with H = 16, got \(3, 8\)"):
+        layer(torch.randn(3, 8))
+    with pytest.raises(TypeError, match="MoE: x must be a torch.Tensor, got list"):
+        layer([1.0])
+    with pytest.raises(ValueError, match="MoE: selection_bias must be True to update it, got False"):
+        layer.update_bias(torch.zeros(4))
