@@ -95,7 +95,8 @@ COLOURS = {
     "fastattn": "#111111", "naive": "#999999", "SDPA": "#0072B2", "SDPA flash": "#0072B2", "SDPA cuDNN": "#009E73",
     "SDPA efficient": "#56B4E9", "SDPA math": "#CC79A7", "FlexAttention": "#E69F00", "flash-attn": "#D55E00",
     "flash-attn-4": "#882255", "xformers": "#8C6D31", "torch": "#0072B2", "torch.compile": "#56B4E9",
-    "Liger": "#D55E00", "QuACK": "#009E73", "FlashInfer": "#E69F00",
+    "Liger": "#D55E00", "QuACK": "#009E73", "FlashInfer": "#E69F00", "torch batched_mm": "#009E73", "ScatterMoE": "#E69F00",
+    "SonicMoE": "#CC79A7", "triton_kernels": "#882255",
 }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def plot_lines(path: Path, title: str, panels: Sequence[dict[str, Any]], columns
     for axes in grid.flat:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
     names, lines = list(handles.keys()), list(handles.values())
-    legend = {"ncols": min(6, len(names)), "frameon": False, "title": footer, "title_fontsize": 7}
+    legend = {"ncols": min(6, 3 * columns, len(names)), "frameon": False, "title": footer, "title_fontsize": 7}
     figure.legend(lines, names, loc="outside lower center", **legend)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     figure.savefig(path)

@@ -275,16 +275,14 @@ def moe_bwd(
             dout, order, offsets, weights, down_proj, down_bias, pre, activation, layout, transposed, want_weights, config
         )
     if want_down:
-        sides = {"a": (dout, order, top_k), "b": (a, None, 1)}
-        _launch_weight(op, sides, offsets, ddown, transposed, num_rows)
+        _launch_weight(op, (dout, order, top_k), (a, None, 1), offsets, ddown, transposed, num_rows)
     del a
     if want_down_bias and down_bias is not None:
         launch_sum(op, dout, offsets, ddown_bias, num_rows=num_rows, numbers=order, divisor=top_k, scale=weights.view(-1))
     if want_gate_up_bias and gate_up_bias is not None:
         launch_sum(op, dpre, offsets, dgate_up_bias, num_rows=num_rows)
     if want_gate_up:
-        sides = {"a": (dpre, None, 1), "b": (x, order, top_k)}
-        _launch_weight(op, sides, offsets, dgate_up, transposed, num_rows)
+        _launch_weight(op, (dpre, None, 1), (x, order, top_k), offsets, dgate_up, transposed, num_rows)
     if want_x:
         rows = torch.empty(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
         matrices = Matrices(_upright(gate_up_proj, transposed).transpose(1, 2))
@@ -328,12 +326,14 @@ def _down_bwd(
     return dpre, a, dots.sum(1).view(weights.shape) if want_weights else dots.new_empty(0)
 
 
+Side = tuple[torch.Tensor, "torch.Tensor | None", int]  # a matrix, its row numbers, their divisor
+
+
 def _launch_weight(
-    op: str, sides: dict[str, tuple[torch.Tensor, torch.Tensor | None, int]], offsets: torch.Tensor, out: torch.Tensor, transposed: bool,
-    num_rows: int,
-) -> None:  # fmt: skip
-    """Launch aᵀ·b into out (E, N, K); of transposed matrices, bᵀ·a into (E, K, N). A side: a matrix, its row numbers, their divisor."""
-    (a, a_numbers, a_divisor), (b, b_numbers, b_divisor) = (sides["b"], sides["a"]) if transposed else (sides["a"], sides["b"])
+    op: str, a: Side, b: Side, offsets: torch.Tensor, out: torch.Tensor, transposed: bool, num_rows: int
+) -> None:
+    """Launch aᵀ·b into out (E, N, K); of transposed matrices, bᵀ·a into (E, K, N)."""
+    (a, a_numbers, a_divisor), (b, b_numbers, b_divisor) = (b, a) if transposed else (a, b)
     launch_weight(
         op, a, b, offsets, out, num_rows=num_rows, a_numbers=a_numbers, a_divisor=a_divisor, b_numbers=b_numbers, b_divisor=b_divisor
     )

@@ -91,6 +91,35 @@ def test_rows_count_the_bytes_they_have_to_move():
     assert [work(shape, which, 2) for which in suite.PASSES] == [n * 1000 * 512 * 2 for n in (2, 3, 5)]
 
 
+def test_mixtures_count_flops_and_decoding_the_weights_it_reads():
+    from fastattn.benchmarks.bench_moe import Shape, choose
+
+    shape = Shape(num_tokens=3, hidden_size=32, intermediate_size=16, num_experts=64, top_k=2)
+    product = 2 * 3 * 2 * 32 * 16
+    assert [suite.suite_of("moe").work(shape, which, 2) for which in suite.PASSES] == [n * product for n in (3, 6, 9)]
+    distinct = len({*choose(shape).flatten().tolist()})
+    assert 2 <= distinct <= 6
+    assert suite.suite_of("moe_decode").work(shape, "fwd", 2) == 2 * (3 * 32 * 16 * distinct + 2 * 3 * 32)
+    for function, cols in (("up", 2), ("down", 1)):
+        rows = dataclasses.replace(suite.suite_of("grouped_mm").presets["cpu", "tiny"][0], function=function)
+        product = 2 * rows.num_tokens * rows.top_k * cols * rows.hidden_size * rows.intermediate_size
+        assert [suite.suite_of("grouped_mm").work(rows, which, 2) for which in suite.PASSES] == [n * product for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mixture_an_expert_at_a_time_is_the_reference(dtype):
+    from fastattn.benchmarks import bench_moe
+
+    shape = bench_moe.Shape(20, 16, 8, 6, 2)
+    inputs, upstream = bench_moe.draw(shape, torch.float32, CPU)
+    results = bench_moe.reference(shape, inputs, upstream, dtype)
+    inputs = [t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs]
+    out = reference.moe(*inputs)
+    whole = [out, *torch.autograd.grad(out, [t for t in inputs if t.requires_grad], upstream[0].to(dtype))]
+    for result, expected in zip(results.values(), whole, strict=True):
+        torch.testing.assert_close(result, expected, check_dtype=False)
+
+
 def test_which_ops_to_run(tmp_path):
     with pytest.raises(SystemExit, match="OP must be all or some of attention, softmax, .*, got 'sort'"):
         main(["bench", "softmax", "sort", "--out", str(tmp_path)])

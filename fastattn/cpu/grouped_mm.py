@@ -19,7 +19,8 @@ def groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
 
 def grouped_mm_fwd(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None, scatter: Tensor | None) -> Tensor:
     num_rows = x.shape[0] if gather is None else gather.shape[0]
-    out = x.new_zeros(num_rows, w.shape[1])
+    out = x.new_empty(num_rows, w.shape[1])
+    out = zeroed_tail(out, offsets) if scatter is None else out.zero_()
     for group, rows in groups(offsets):
         inputs = x[rows] if gather is None else x.index_select(0, gather[rows])
         if scatter is not None:
@@ -27,6 +28,12 @@ def grouped_mm_fwd(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None, g
         else:
             product(inputs, w[group], None if bias is None else bias[group], out=out[rows])
     return out
+
+
+def zeroed_tail(rows: Tensor, offsets: Tensor) -> Tensor:
+    """0 in the rows that no group has; the products write the others."""
+    rows[int(offsets[-1]) :] = 0.0
+    return rows
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

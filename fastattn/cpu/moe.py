@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouped_mm import groups, product
+from .grouped_mm import groups, product, zeroed_tail
 from .moe_routing import moe_combine_fwd
 
 ALPHA, LIMIT = 1.702, 7.0  # gpt-oss
+BLOCK = 2048  # rows that are gathered and gated at once
 
 
 def moe_fwd(
@@ -18,13 +21,14 @@ def moe_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, the pre-activation of each sorted row; empty unless it is to be kept)."""
     top_k = weights.shape[1]
-    gate_up_proj, down_proj = _upright(gate_up_proj, transposed), _upright(down_proj, transposed)
-    pre = x.new_zeros(order.shape[0] if keep else 0, gate_up_proj.shape[1])
+    gate_up_proj, down_proj, token = _upright(gate_up_proj, transposed), _upright(down_proj, transposed), order // top_k
+    pre = zeroed_tail(x.new_empty(order.shape[0] if keep else 0, gate_up_proj.shape[1]), offsets)
     y = x.new_empty(order.shape[0], x.shape[1])
-    for expert, rows in groups(offsets):
-        inputs = x.index_select(0, order[rows] // top_k)
-        z = product(inputs, gate_up_proj[expert], _of(gate_up_bias, expert), out=pre[rows] if keep else None)
-        product(_gated(*_halves(z, layout), activation), down_proj[expert], _of(down_bias, expert), out=y[rows])
+    for block, experts, sizes in _blocks(offsets):
+        inputs = x.index_select(0, token[block])
+        z = pre[block] if keep else x.new_empty(inputs.shape[0], gate_up_proj.shape[1])
+        _products(inputs, gate_up_proj, gate_up_bias, z, experts, sizes)
+        _products(_gated(*_halves(z, layout), activation), down_proj, down_bias, y[block], experts, sizes)
     return moe_combine_fwd(y, inverse, offsets, weights, top_k), pre
 
 
@@ -33,40 +37,72 @@ def moe_bwd(
     gate_up_bias: Tensor | None, down_bias: Tensor | None, pre: Tensor, activation: str, layout: str, transposed: bool, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweights, dgate_up_proj, ddown_proj, dgate_up_bias, ddown_bias), empty where not wanted."""
-    want_x, want_weights, want_gate_up, want_down, want_gate_up_bias, want_down_bias = wanted
+    want_x, want_weights, want_gate_up, want_down = wanted[:4]
     top_k, row_weights = weights.shape[1], weights.flatten()[order]
-    dgate_up, ddown = (x.new_zeros(w.shape if want else 0) for w, want in ((gate_up_proj, want_gate_up), (down_proj, want_down)))
-    dgate_up_bias, ddown_bias = (
-        x.new_zeros(b.shape if b is not None and want else 0)
-        for b, want in ((gate_up_bias, want_gate_up_bias), (down_bias, want_down_bias))
+    make = x.new_empty if bool((offsets.diff(prepend=offsets.new_zeros(1)) > 0).all()) else x.new_zeros  # 0 without tokens
+    dgate_up, ddown, dgate_up_bias, ddown_bias = (
+        make(t.shape if t is not None and want else 0)
+        for t, want in zip((gate_up_proj, down_proj, gate_up_bias, down_bias), wanted[2:], strict=True)
     )
-    gate_up_proj, down_proj = _upright(gate_up_proj, transposed), _upright(down_proj, transposed)
+    dgate_up_t, ddown_t = (_upright(dw, transposed) if dw.numel() else dw for dw in (dgate_up, ddown))
+    gate_up_proj, down_proj, token = _upright(gate_up_proj, transposed), _upright(down_proj, transposed), order // top_k
     dx_rows = x.new_empty(order.shape[0] if want_x else 0, x.shape[1])
     drow_weights = torch.zeros(order.shape[0], dtype=torch.float32)
-    for expert, rows in groups(offsets):
-        token, weight = order[rows] // top_k, row_weights[rows, None]
-        dy = dout.index_select(0, token)
-        da, (gate, up) = torch.mm(dy, down_proj[expert]).float(), _halves(pre[rows], layout)
+    for block, experts, sizes in _blocks(offsets):
+        dy, weight = dout.index_select(0, token[block]), row_weights[block, None]
+        da, (gate, up) = x.new_empty(dy.shape[0], down_proj.shape[2]), _halves(pre[block], layout)
+        _products(dy, down_proj.transpose(1, 2), None, da, experts, sizes)
+        da = da.float()
         a, dgate, dup = _gated_bwd(weight * da, gate.float(), up.float(), activation)
-        drow_weights[rows] = (da * a).sum(1)
-        if want_weights and down_bias is not None:
-            drow_weights[rows] += torch.mv(dy.float(), down_bias[expert].float())
-        dpre = torch.empty_like(pre[rows])
+        drow_weights[block] = (da * a).sum(1)
+        dpre = torch.empty_like(pre[block])
         for half, grad in zip(_halves(dpre, layout), (dgate, dup), strict=True):
             half.copy_(grad)
         if want_x:
-            torch.mm(dpre, gate_up_proj[expert], out=dx_rows[rows])
+            _products(dpre, gate_up_proj.transpose(1, 2), None, dx_rows[block], experts, sizes)
         if want_gate_up:
-            torch.mm(dpre.t(), x.index_select(0, token), out=_upright(dgate_up[expert], transposed))
+            _weight_gradients(dpre, x.index_select(0, token[block]), dgate_up_t, experts, sizes)
         if want_down:
-            torch.mm(dy.t(), (weight * a).to(x.dtype), out=_upright(ddown[expert], transposed))
+            _weight_gradients(dy, (weight * a).to(x.dtype), ddown_t, experts, sizes)
+        if want_weights and down_bias is not None:
+            for out, rows, expert in zip(drow_weights[block].split(sizes), dy.split(sizes), experts, strict=True):
+                out += torch.mv(rows.float(), down_bias[expert].float())
         if dgate_up_bias.numel():
-            dgate_up_bias[expert] = dpre.sum(0, dtype=torch.float32)
+            for rows, expert in zip(dpre.split(sizes), experts, strict=True):
+                dgate_up_bias[expert] = rows.sum(0, dtype=torch.float32)
         if ddown_bias.numel():
-            ddown_bias[expert] = (weight * dy).sum(0)
-    dx = moe_combine_fwd(dx_rows, inverse, offsets, None, top_k) if want_x else dx_rows
+            for rows, expert in zip((weight * dy).split(sizes), experts, strict=True):
+                ddown_bias[expert] = rows.sum(0)
+    dx = moe_combine_fwd(dx_rows, inverse, offsets, None, top_k) if want_x else x.new_empty(0)
     dweights = drow_weights[inverse].view(weights.shape) if want_weights else drow_weights[:0]
     return dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias
+
+
+def _blocks(offsets: Tensor) -> Iterator[tuple[slice, list[int], list[int]]]:
+    """Experts in turn, so many that they have few rows together, or one that has many: their rows, they, and the size of each one's part.
+    Whatever goes row by row is done a block at a time, so that experts of few rows cost little more than their products."""
+    start = stop = 0
+    experts: list[int] = []
+    sizes: list[int] = []
+    for expert, rows in groups(offsets):
+        if experts and rows.stop - start > BLOCK:
+            yield slice(start, stop), experts, sizes
+            start, experts, sizes = stop, [], []
+        stop = rows.stop
+        experts.append(expert)
+        sizes.append(rows.stop - rows.start)
+    if experts:
+        yield slice(start, stop), experts, sizes
+
+
+def _products(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, experts: list[int], sizes: list[int]) -> None:
+    for expert, rows, part in zip(experts, x.split(sizes), out.split(sizes), strict=True):
+        product(rows, w[expert], _of(bias, expert), out=part)
+
+
+def _weight_gradients(dy: Tensor, x: Tensor, dw: Tensor, experts: list[int], sizes: list[int]) -> None:
+    for expert, rows, inputs in zip(experts, dy.split(sizes), x.split(sizes), strict=True):
+        torch.mm(rows.t(), inputs, out=dw[expert])
 
 
 def _upright(w: Tensor, transposed: bool) -> Tensor:

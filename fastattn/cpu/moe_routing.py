@@ -88,11 +88,16 @@ def moe_gather_fwd(x: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> T
 
 def moe_combine_fwd(y: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     out = torch.zeros(len(y) // top_k, y.shape[1], dtype=torch.float32)
-    for k, (row, kept) in enumerate(_rows(inverse, offsets, top_k)):
-        rows, weight = y.index_select(0, row.masked_fill(~kept, 0)).float(), None if weights is None else weights[:, k, None]
-        if not kept.all():
-            rows = rows.masked_fill(~kept[:, None], 0.0)
-            weight = None if weight is None else weight.masked_fill(~kept[:, None], 0.0)
+    num_kept = min(int(offsets[-1]), len(inverse))
+    everything = bool(((inverse >= 0) & (inverse < num_kept)).all())  # the usual: then nothing has to be masked
+    for k, row in enumerate(inverse.view(-1, top_k).unbind(1)):
+        weight = None if weights is None else weights[:, k, None]
+        if everything:
+            rows = y.index_select(0, row).float()
+        else:
+            dropped = (row < 0) | (row >= num_kept)
+            rows = y.index_select(0, row.masked_fill(dropped, 0)).float().masked_fill(dropped[:, None], 0.0)
+            weight = None if weight is None else weight.masked_fill(dropped[:, None], 0.0)
         if weight is None:
             out += rows
         else:

@@ -2,11 +2,11 @@
 
     from fastattn.integrations import transformers as on_transformers
     on_transformers.register()
-    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="fastattn")
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="fastattn", experts_implementation="fastattn")
 
-`model.set_attn_implementation("fastattn")` switches a model that is already loaded. No model code is patched: transformers has a
-registry of attention functions and one of mask functions, and a name must be in both. Without the second, a model is given no mask at
-all, even for a padded batch.
+`model.set_attn_implementation("fastattn")` and `model.set_experts_implementation("fastattn")` switch a model that is already loaded. No
+model code is patched: transformers has a registry of attention functions and one of mask functions, and a name must be in both (without
+the second, a model is given no mask at all, even for a padded batch), and a registry of what runs a mixture's experts.
 """
 
 from __future__ import annotations
@@ -17,17 +17,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.activations import ACT2CLS
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from fastattn.ops.attention import attention
+from fastattn.ops.grouped_mm import grouped_mm
+from fastattn.ops.moe import moe
+from fastattn.ops.moe_routing import moe_combine, moe_dispatch
+
+try:
+    from transformers.integrations import moe as hub
+except ImportError:
+    hub = None
 
 NAME = "fastattn"
 
 
 def register() -> None:
-    """Make "fastattn" a value of `attn_implementation`. Calling it again changes nothing."""
+    """Make "fastattn" a value of `attn_implementation` and of `experts_implementation`. Calling it again changes nothing.
+
+    A transformers without a registry of experts is left without the second: its models run their experts as they did.
+    """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    experts = getattr(hub, "ALL_EXPERTS_FUNCTIONS", None)
+    if experts is not None:
+        experts.register(NAME, experts_forward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention.
 
 
 def attention_forward(
@@ -165,3 +184,86 @@ def _is_sliding_window(mask_function: Callable, size: int) -> bool:
     numbers = torch.tensor([0, 1, size - 1, size])  # its elements have no dims, and so mix with any device's
     zero, one, last, first = numbers
     return size > 1 and all(bool(mask_function(zero, zero, *pair)) for pair in ((last, zero), (first, one)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Experts.
+
+
+def _classes(*names: str) -> set[type]:
+    """Those of transformers' activations of these names; an entry is a class, or a class with its arguments."""
+    found = (ACT2CLS.get(name) for name in names)
+    return {entry[0] if isinstance(entry, tuple) else entry for entry in found if entry is not None}
+
+
+SILU = _classes("silu", "swish") | {nn.SiLU}
+GELU_TANH = _classes("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate")  # one formula
+
+ALPHA_AND_LIMIT = (1.702, 7.0)  # of `fastattn.moe`'s "clamped_swiglu"
+# gpt-oss's gate and its copies: the function, the layout that it reads, and the attributes that hold alpha and limit.
+CLAMPED_GATES = {
+    "GptOssExperts._apply_gate": ("interleaved", "alpha", "limit"),
+    "OpenAIPrivacyFilterExperts._apply_gate": ("concatenated", "alpha", "limit"),
+    "MiniMaxM3VLExperts._apply_gate": ("concatenated", "swiglu_alpha", "swiglu_limit"),
+}
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """All experts of one layer, as transformers calls it.
+
+    hidden_states: (T, H). top_k_index, top_k_weights: (T, K); ids of `self.num_experts` or more, which expert parallelism gives to the
+    experts of other ranks, add nothing. Returns (T, H).
+
+    Where the gate is one of `fastattn.moe`'s, that is what runs. Any other (an exact gelu, another clamp, no gate, a norm after the
+    experts) is computed by the module's own `_apply_gate` or `act_fn`, between two grouped products.
+    """
+    x = hidden_states.to(self.down_proj.dtype)
+    gate_up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    gate_up_proj, down_proj = getattr(self, gate_up_name), self.down_proj
+    gate_up_bias, down_bias = (getattr(self, f"{name}_bias") if self.has_bias else None for name in (gate_up_name, "down_proj"))
+    gate = _known_gate(self)
+    if gate is not None:
+        activation, layout = gate
+        out = moe(
+            x, top_k_index, top_k_weights, gate_up_proj, down_proj, activation=activation, gate_up_bias=gate_up_bias, down_bias=down_bias,
+            layout=layout, transposed=self.is_transposed,
+        )  # fmt: skip
+        return out.to(hidden_states.dtype)
+
+    if self.is_transposed:
+        gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+    plan = moe_dispatch(top_k_index, self.num_experts)
+    y = grouped_mm(x, gate_up_proj, plan.offsets, bias=gate_up_bias, gather=plan.order // top_k_index.shape[1])
+    y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+    y = grouped_mm(y.to(x.dtype), down_proj, plan.offsets, bias=down_bias)
+    if _has_post_expert_norm(self):
+        y = self.post_expert_norm(y)
+    return moe_combine(y, plan, top_k_weights).to(hidden_states.dtype)
+
+
+def _has_post_expert_norm(experts: nn.Module) -> bool:
+    return getattr(experts, "has_post_expert_norm", False)  # transformers 5.17 knows of none
+
+
+def _known_gate(experts: nn.Module) -> tuple[str, str] | None:
+    """(activation, layout) of `fastattn.moe` if it computes what these experts do, else None. In doubt, None.
+
+    What decides is the function that is the gate, and not its class alone: a subclass may have another.
+    """
+    if not experts.has_gate or _has_post_expert_norm(experts):
+        return None
+    activation = layout = None
+    gate = getattr(experts._apply_gate, "__func__", None)
+    if gate is not None and gate is getattr(hub, "_default_apply_gate", None):
+        act, layout = experts.act_fn, "concatenated"
+        if act is nn.functional.silu or type(act) in SILU:
+            activation = "swiglu"
+        elif type(act) in GELU_TANH or (type(act) is nn.GELU and act.approximate == "tanh"):
+            activation = "geglu"
+    elif getattr(gate, "__module__", "").startswith("transformers.models."):
+        layout, *names = CLAMPED_GATES.get(gate.__qualname__, (None,))
+        if layout is not None and tuple(getattr(experts, name) for name in names) == ALPHA_AND_LIMIT:
+            activation = "clamped_swiglu"
+    if activation is None or experts.is_concatenated != (layout == "concatenated"):
+        return None
+    return activation, layout
