@@ -32,14 +32,15 @@ class Shape:
 _1B, _7B = Shape(40960, 768, 256, 128, 8), Shape(24576, 1536, 256, 128, 8)
 _30B = [Shape(tokens, 4096, 512, 128, 8) for tokens in (2048, 8192, 32768)]
 _30B_COARSE = Shape(32768, 4096, 1024, 64, 4)
+_120B = Shape(32768, 4096, 1024, 128, 8)
 _SMALL = [Shape(tokens, 512, 256, 16, 4) for tokens in (256, 1024)]
 PRESETS = {
-    ("cpu", "tiny"): [Shape(16, 16, 8, 4, 2), Shape(5, 16, 24, 6, 1)],
+    ("cpu", "tiny"): [Shape(64, 64, 32, 8, 2), Shape(37, 32, 24, 6, 1)],
     ("cpu", "quick"): _SMALL,
     ("cpu", "full"): [*_SMALL, Shape(256, 768, 256, 128, 8), Shape(2048, 768, 256, 128, 8)],
     ("cuda", "tiny"): [Shape(256, 128, 64, 8, 2), Shape(100, 128, 64, 8, 2)],
     ("cuda", "quick"): [_7B, _30B[-1]],
-    ("cuda", "full"): [_1B, _7B, *_30B, _30B_COARSE],
+    ("cuda", "full"): [_1B, _7B, *_30B, _30B_COARSE, _120B],
 }
 
 

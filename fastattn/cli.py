@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     warmup.add_argument("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
     warmup.add_argument("--hidden-size", type=int, nargs="+", default=[4096], help="rows of norms and activations (4096)")
     warmup.add_argument("--vocab-size", type=int, nargs="+", default=[128256], help="rows of logits (128256)")
+    warmup.add_argument(
+        "--experts", type=int, nargs=4, metavar=("H", "I", "E", "K"), action="append", default=[],
+        help="a mixture of experts: hidden size, intermediate size, experts, experts a token; may be repeated",
+    )  # fmt: skip
     add("cards", None, "compile every row of the tile table and record what came out (--check: compare)")
     add("dump", None, "write the compiler's stages of an op's kernels, for any part")
     return parser
@@ -152,6 +156,7 @@ def _warmup(options: argparse.Namespace) -> int:
         works |= {f"decoding D{d}": functools.partial(_warm_decoding, device, dtype, d) for d in (64, 128)}
         works |= {f"rows of {n}": functools.partial(_warm_rows, device, dtype, n) for n in options.hidden_size}
         works |= {f"logits of {n}": functools.partial(_warm_logits, device, dtype, n) for n in options.vocab_size}
+        works |= {f"experts {sizes}": functools.partial(_warm_experts, device, dtype, *sizes) for sizes in options.experts}
         for name, work in works.items():
             start = time.perf_counter()
             work()
@@ -203,6 +208,19 @@ def _warm_rows(device: torch.device, dtype: torch.dtype, num_cols: int) -> None:
         fastattn.swiglu(x, residual), fastattn.geglu(x, residual),
     ]  # fmt: skip
     sum(out.sum() for out in outs).backward()
+
+
+def _warm_experts(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int
+) -> None:
+    import fastattn
+
+    layer = fastattn.nn.MoE(hidden_size, intermediate_size, num_experts, top_k, device=device, dtype=dtype)
+    for rows in (1, 16, 64, 128):  # an expert, on the average: each has a tile of its own
+        x = torch.randn(max(1, rows * num_experts // top_k), hidden_size, device=device, dtype=dtype, requires_grad=True)
+        layer(x)[0].sum().backward()
+        with torch.no_grad():
+            layer(x)
 
 
 def _warm_logits(device: torch.device, dtype: torch.dtype, vocab_size: int) -> None:

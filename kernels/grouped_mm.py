@@ -16,6 +16,7 @@ Floor: 2·R·N·K FLOPs; (R·K + R·N + E·N·K)·itemsize bytes.
 """
 
 import logging
+from dataclasses import replace
 
 import torch
 import triton
@@ -23,7 +24,7 @@ import triton.language as tl
 
 from .attention import _precision
 from .grouped_tiles import GroupedConfig, pick_grouped_config
-from .launch import check_grid, launch, num_multiprocessors, target_of
+from .launch import check_grid, interpreted, launch, num_multiprocessors, target_of
 from .primitives import cast, dot
 from .rotary import _vector
 
@@ -377,7 +378,11 @@ def grid_of(op: str, num_rows: int, num_groups: int, num_blocks: int, config: Gr
 
 
 def config_of(kernel: str, t: torch.Tensor, num_rows: int, num_groups: int, inner: int) -> GroupedConfig:
-    return pick_grouped_config(kernel, *target_of(t), t.element_size(), num_rows / num_groups, inner)
+    config = pick_grouped_config(kernel, *target_of(t), t.element_size(), num_rows / num_groups, inner)
+    if interpreted():  # it pays by the operation and by the element, and small matrices have several tiles this way
+        limits = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}
+        config = replace(config, **{name: min(limit, getattr(config, name)) for name, limit in limits.items()})
+    return config
 
 
 def launch_product(

@@ -33,6 +33,7 @@ def test_it_learns_as_the_reference_loop_does(example):
 
 
 @pytest.mark.interpret
+@pytest.mark.more
 def test_it_learns_as_the_reference_loop_does_on_the_kernels(example):
     (ours, _), (theirs, _) = (losses_of(example, e, 3, batch=2, seqlen=16) for e in (example.Experts, example.ReferenceExperts))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -37,7 +37,7 @@ import triton
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
 print(f"python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}, {device}")
 tools = ["numpy", "pytest", "hypothesis", "pytest_benchmark", "rich", "matplotlib", "transformers"]
-peers = ["flash_attn", "flash_attn.cute", "xformers", "liger_kernel", "quack", "flashinfer"]
+peers = ["flash_attn", "flash_attn.cute", "xformers", "liger_kernel", "quack", "flashinfer", "scattermoe", "sonicmoe", "triton_kernels.matmul"]
 print("absent, and done without:", ", ".join(absent(tools + peers)) or "nothing")
 PY
 
