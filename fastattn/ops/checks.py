@@ -192,12 +192,14 @@ def autocasts_to_float32(value: torch.Tensor) -> bool:
     return value.is_cuda and torch.is_autocast_enabled("cuda")
 
 
-def check_int32(op: str, arg: str, value: torch.Tensor, dims: Sequence[int | None], letters: str, q: torch.Tensor) -> None:
-    """An int32 tensor of that shape, None for any size, on q's device."""
+def check_int32(
+    op: str, arg: str, value: torch.Tensor, dims: Sequence[int | None], letters: str, q: torch.Tensor, owner: str = "q's"
+) -> None:
+    """An int32 tensor of that shape, None for any size, on the device of q, or of whatever `owner` calls it."""
     check_tensor(op, arg, value)
     if value.dtype != torch.int32:
         reject(op, arg, "be an int32 tensor", value.dtype, TypeError)
-    check_like(op, arg, value, q, dtype=False)
+    check_device(op, arg, value, owner, q.device)
     if value.dim() != len(dims) or any(dim not in (None, size) for dim, size in zip(dims, value.shape, strict=True)):
         reject(op, arg, f"have shape {letters}", shape(value))
 
