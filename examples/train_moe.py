@@ -128,7 +128,7 @@ def run(model: Model, steps: int) -> None:
 
 def compare(steps: int, device: str) -> float:
     """Print the losses of three trainings: by fastattn, by the reference loop, by the loop from weights that are one rounding off. Returns
-    how far the first two are apart, over what the last two are."""
+    how far the first two are apart, over what the last two are (at least a rounding of a loss)."""
     models = [make(0, device, torch.float32, experts) for experts in (Experts, ReferenceExperts, ReferenceExperts)]
     with torch.no_grad():
         for p in models[2].parameters():
@@ -139,7 +139,7 @@ def compare(steps: int, device: str) -> float:
         print(f"{step + 1:4d}  " + "  ".join(f"{loss:9.5f}" for loss in losses[:, step].tolist()))
     ours, noise = (losses[0] - losses[1]).abs().max().item(), (losses[1] - losses[2]).abs().max().item()
     print(f"largest difference: {ours:.1e} from the reference, whose own from one rounding of its weights is {noise:.1e}")
-    return ours / noise
+    return ours / max(noise, torch.finfo(torch.float32).eps * losses.max().item())
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from op_contract import (
     BF16,
-    DTYPES,
     F16,
     F32,
     INPUT_LAYOUTS,
@@ -121,21 +120,38 @@ def test_sizes(number):
     check(*draw(48, *SIZES[number], **options), **options)
 
 
-@pytest.mark.both
+NUMBERS = list(enumerate([1, 3, 7, 33, 40, 100]))
+# In each dtype on the CPU, on the kernels in one, all of which have each size.
+EVERY_SIZE = [
+    pytest.param(hidden, inner, dtype, marks=[pytest.mark.both] * ((i + j + k) % 3 == 0), id=f"{hidden}-{inner}-{str(dtype)[6:]}")
+    for (i, hidden), (j, inner), (k, dtype) in itertools.product(NUMBERS, NUMBERS, enumerate([F32, F16, BF16]))
+]
+
+
 @pytest.mark.more
-@DTYPES
 @OPTIONS
-@pytest.mark.parametrize("hidden", [1, 3, 7, 33, 40, 100])
-@pytest.mark.parametrize("inner", [1, 3, 7, 33, 40, 100])
+@pytest.mark.parametrize("hidden, inner, dtype", EVERY_SIZE)
 def test_every_size(hidden, inner, options, dtype):
-    check(*draw(400, hidden, inner, dtype=dtype, **options), **options)
+    """Gradients of few elements, each a sum over some 250 rounded rows, have a largest error in half precision that is a matter of luck,
+    the baseline's too: there, eight roundings of the largest element."""
+    tensors, indices = draw(400, hidden, inner, dtype=dtype, **options)
+    if dtype == F32 or min(hidden, inner) >= 33:
+        check(tensors, indices, **options)
+        return
+    op, oracle = of(indices, **options)
+    douts = [even(400, hidden).to(dtype)]
+    got, truth = run(op, tensors, douts), run(oracle, tensors, douts, torch.float64)
+    assert got.keys() == truth.keys()
+    for name, value in truth.items():
+        atol = 8 * torch.finfo(dtype).eps * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(got[name].double(), value, rtol=0.0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # (E, K): one expert, all of them chosen or nearly, more than there are, most of them idle.
 @pytest.mark.both
 @pytest.mark.parametrize("num_experts, top_k", [(1, 1), (1, 3), (4, 4), (6, 5), (3, 20), (40, 2)], ids=str)
 def test_numbers_of_experts(num_experts, top_k):
-    num_tokens = {40: 4, 3: 12}.get(num_experts, 48)
+    num_tokens = {40: 4, 3: 12}.get(num_experts, 24)
     tensors, indices = draw(num_tokens, 24, 16, num_experts, top_k, sentinels=False)
     if top_k <= num_experts:
         indices = torch.rand(num_tokens, num_experts).topk(top_k).indices
@@ -161,7 +177,7 @@ def test_gradients_of_as_many_experts_as_there_may_be():
 
 
 @pytest.mark.both
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 17, 150])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 17, 70])
 def test_numbers_of_tokens(num_tokens):
     result = check(*draw(num_tokens, sentinels=num_tokens > 1))
     assert result["out0"].shape == result["dx"].shape == (num_tokens, 40) and result["dtop_k_weights"].shape == (num_tokens, 2)
@@ -179,8 +195,8 @@ def test_one_expert_has_them_all(expert):
 @pytest.mark.both
 def test_a_token_names_an_expert_twice():
     """As often as it likes: its weights add up."""
-    tensors, indices = draw(top_k=4)
-    indices = indices[:, :1].expand(48, 4)
+    tensors, indices = draw(24, top_k=4)
+    indices = indices[:, :1].expand(24, 4)
     result = check(tensors, indices)
     once = tensors | {"top_k_weights": tensors["top_k_weights"].sum(1, keepdim=True)}
     torch.testing.assert_close(result["out0"], of(indices[:, :1])[0](**once))
@@ -190,16 +206,16 @@ def test_a_token_names_an_expert_twice():
 @OPTIONS
 def test_experts_that_are_one_are_a_layer(options):
     """Wherever tokens go, with weights that sum to 1: a dense layer, of which there are as many views."""
-    tensors, _ = draw(num_experts=1, **options)
-    weights, indices = fastattn.moe_route(torch.randn(48, 4), 3, renormalize=True)
+    tensors, _ = draw(24, num_experts=1, **options)
+    weights, indices = fastattn.moe_route(torch.randn(24, 4), 3, renormalize=True)
 
     def op(**tensors):
         x = tensors.pop("x")
         return fastattn.moe(x, indices, weights, **{name: t.expand(4, *t.shape[1:]) for name, t in tensors.items()}, **options)
 
     def layer(**tensors):
-        ones = torch.ones(48, 1, dtype=tensors["x"].dtype)
-        return reference.moe(tensors.pop("x"), torch.zeros(48, 1, dtype=torch.int64), ones, **tensors, **options)
+        ones = torch.ones(24, 1, dtype=tensors["x"].dtype)
+        return reference.moe(tensors.pop("x"), torch.zeros(24, 1, dtype=torch.int64), ones, **tensors, **options)
 
     tensors.pop("top_k_weights")
     check_op("moe of one expert", op, layer, tensors)
@@ -276,14 +292,14 @@ SLICES = {
 @OPTIONS
 @pytest.mark.parametrize("name", SLICES)
 def test_sliced_projections(options, name):
-    tensors, indices = draw(32, 16, 8, **options)
+    tensors, indices = draw(16, 16, 8, **options)
     check({key: SLICES[name](t) if t.dim() == 3 else t for key, t in tensors.items()}, indices, **options)
 
 
 @pytest.mark.both
 @pytest.mark.parametrize("name", UPSTREAM_LAYOUTS)
 def test_any_upstream_layout(name):
-    tensors, indices = draw(24, dtype=BF16)
+    tensors, indices = draw(24, 16, 24, dtype=BF16)
     check(tensors, indices, upstream(of(indices)[0], tensors, UPSTREAM_LAYOUTS[name]))
 
 
@@ -382,8 +398,8 @@ def test_permuted_tokens_are_permuted_outputs(launches):
 @pytest.mark.both
 @OPTIONS
 def test_two_runs_are_one(options):
-    tensors, indices = draw(dtype=BF16, **options)
-    dout = [torch.randn(48, 40).to(BF16)]
+    tensors, indices = draw(24, dtype=BF16, **options)
+    dout = [torch.randn(24, 40).to(BF16)]
     first, second = (run(of(indices, **options)[0], tensors, dout) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -814,7 +830,7 @@ def test_cuda_implementation_never_syncs(as_on_cuda, capability, options):
     assert all(max(launch.grid) < 2**31 for launch in launches)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 100])
+@pytest.mark.parametrize("num_tokens", [pytest.param(1, marks=pytest.mark.more), 100])
 def test_cuda_implementation_in_single_precision_never_syncs(as_on_cuda, num_tokens):
     assert launched_on((9, 0), lambda: launch_both(as_on_cuda, num_tokens, dtype=F32))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastattn.ops import checks
 from fastattn.ops.glu import swiglu
-from fastattn.ops.moe import moe
+from fastattn.ops.moe import ACTIVATIONS, LAYOUTS, moe
 from fastattn.ops.moe_routing import (
     moe_dispatch,
     moe_expert_counts,
@@ -23,6 +24,13 @@ from fastattn.ops.moe_routing import (
 )
 
 _OP = "MoE"
+
+
+def _init_uniform(fan: int, *tensors: Tensor | None) -> None:
+    """As torch's linear layers of that input size: within ±1/√fan, biases too."""
+    for t in tensors:
+        if t is not None:
+            torch.nn.init.uniform_(t, -(fan**-0.5), fan**-0.5)
 
 
 class MoEAux(NamedTuple):
@@ -47,12 +55,32 @@ class Router(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.empty(num_experts, **made)) if bias else None
         correction = torch.zeros(num_experts, dtype=torch.float32, device=made["device"]) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        _init_uniform(self.weight.shape[1], self.weight, self.bias)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias.zero_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """As torch's, but e_score_correction_bias stays float32 under `.half()` and `.to(torch.bfloat16)`, where a step of 0.001 on a
+        bias of 0.5 would be lost to rounding."""
+        correction = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if correction is not None and self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = correction.to(self.e_score_correction_bias.device, torch.float32)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if self.fp32:
-            x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-        return F.linear(x, weight, bias)
+        if not self.fp32:
+            return F.linear(x, self.weight, self.bias)
+        # Autocast would round float32 operands again; the meta device has none.
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+    def extra_repr(self) -> str:
+        num_experts, hidden_size = self.weight.shape
+        return f"{hidden_size}, {num_experts}, bias={self.bias is not None}, fp32={self.fp32}"
 
 
 class Experts(torch.nn.Module):
@@ -63,6 +91,9 @@ class Experts(torch.nn.Module):
         **made: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        for arg, value, choices in (("activation", activation, ACTIVATIONS), ("layout", layout, LAYOUTS)):
+            if value not in choices:
+                checks.reject(_OP, arg, f"be one of {', '.join(map(repr, choices))}", repr(value))
         self.options = {"activation": activation, "layout": layout, "transposed": transposed}
         shapes = {"gate_up_proj": (2 * intermediate_size, hidden_size), "down_proj": (hidden_size, intermediate_size)}
         for name, (rows, cols) in shapes.items():
@@ -70,10 +101,22 @@ class Experts(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(torch.empty(num_experts, *size, **made)))
             of_rows = torch.nn.Parameter(torch.empty(num_experts, rows, **made)) if bias else None
             self.register_parameter(f"{name}_bias", of_rows)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        inputs = 1 if self.options["transposed"] else 2
+        _init_uniform(self.gate_up_proj.shape[inputs], self.gate_up_proj, self.gate_up_proj_bias)
+        _init_uniform(self.down_proj.shape[inputs], self.down_proj, self.down_proj_bias)
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         biases = {"gate_up_bias": self.gate_up_proj_bias, "down_bias": self.down_proj_bias}
         return moe(x, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, **biases, **self.options)
+
+    def extra_repr(self) -> str:
+        num_experts, *size = self.down_proj.shape
+        hidden_size, intermediate_size = reversed(size) if self.options["transposed"] else size
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{num_experts}, {hidden_size}, {intermediate_size}, bias={self.down_proj_bias is not None}, {options}"
 
 
 class SharedExpert(torch.nn.Module):
@@ -84,6 +127,10 @@ class SharedExpert(torch.nn.Module):
         self.gate_proj = torch.nn.Linear(hidden_size, intermediate_size, bias=False, **made)
         self.up_proj = torch.nn.Linear(hidden_size, intermediate_size, bias=False, **made)
         self.down_proj = torch.nn.Linear(intermediate_size, hidden_size, bias=False, **made)
+
+    def reset_parameters(self) -> None:
+        for proj in (self.gate_proj, self.up_proj, self.down_proj):
+            proj.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -100,16 +147,17 @@ class MoE(torch.nn.Module):
         activation: of the experts: "swiglu", "geglu" or "clamped_swiglu", as in `fastattn.moe`.
         score, order, renormalize, scaling_factor, num_groups, top_k_groups: how tokens are routed, as in `fastattn.moe_route`.
         router_bias: give the router's linear layer a bias.
-        router_fp32: compute the logits in float32.
-        selection_bias: a buffer gate.e_score_correction_bias (E,) that moves the choice, 0 at first: `update_bias` balances the load by
-            it, without a loss (arXiv 2408.15664).
+        router_fp32: compute the logits in float32, under autocast too; else they have x's dtype.
+        selection_bias: a buffer gate.e_score_correction_bias (E,) that moves the choice, 0 at first and always float32: `update_bias`
+            balances the load by it, without a loss (arXiv 2408.15664).
         expert_bias: give both projections of the experts a bias.
         layout, transposed: how the experts' matrices lie, as in `fastattn.moe`.
         shared_intermediate_size: that of an expert which every token goes through, whose output is added; None for none.
         capacity_factor: c lets an expert take ⌈c·T·K/E⌉ of a forward's T·K slots, first come first served (in the order of tokens, then
             of k); the others are dropped: they add nothing. None, as everywhere today, drops none.
 
-    forward(x) → (out, aux): x (…, H), out like x, and `MoEAux`. Nothing waits for the GPU.
+    forward(x) → (out, aux): x (…, H), float16, bfloat16 or float32, out like x (under autocast, in its dtype), and `MoEAux`, which every
+    forward computes: a few passes over the (T, E) logits. Nothing waits for the GPU.
 
     Raises: ValueError, TypeError for arguments that do not fit.
 
@@ -146,6 +194,8 @@ class MoE(torch.nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts, "top_k": top_k}
+        if shared_intermediate_size is not None:
+            sizes["shared_intermediate_size"] = shared_intermediate_size
         for arg, value in sizes.items():
             if checks.integer(_OP, arg, value, "be an int") < 1:
                 checks.reject(_OP, arg, "be positive", value)
@@ -160,13 +210,13 @@ class MoE(torch.nn.Module):
             "score": score, "order": order, "renormalize": renormalize, "scaling_factor": scaling_factor, "num_groups": num_groups,
             "top_k_groups": top_k_groups,
         }  # fmt: skip
+        moe_route(torch.empty(0, num_experts, device="meta"), top_k, **self.routing)  # refuses now what it would refuse in a forward
         made = {"device": device, "dtype": dtype}
         self.gate = Router(hidden_size, num_experts, router_bias, selection_bias, router_fp32, **made)
         self.experts = Experts(hidden_size, intermediate_size, num_experts, activation, expert_bias, layout, transposed, **made)
         shared = shared_intermediate_size
         self.shared_experts = None if shared is None else SharedExpert(hidden_size, shared, **made)
         self.register_load_state_dict_pre_hook(_rename_router)
-        self.reset_parameters()
 
     @classmethod
     def mixtral(cls, hidden_size: int, intermediate_size: int, num_experts: int = 8, top_k: int = 2, **options: Any) -> MoE:
@@ -204,24 +254,21 @@ class MoE(torch.nn.Module):
     @classmethod
     def from_transformers(cls, block: torch.nn.Module) -> MoE:
         """A layer with the sizes, the routing and a copy of the weights of a transformers (5) block: MixtralSparseMoeBlock,
-        Qwen3MoeSparseMoeBlock, GptOssMLP or DeepseekV3MoE; its dtype and device."""
+        Qwen3MoeSparseMoeBlock, GptOssMLP or DeepseekV3MoE; its dtype, device and mode. A block that computes something else (another
+        activation, gpt-oss's with other constants, Mixtral's router noise) is refused."""
         name = type(block).__name__
         if name not in _BLOCKS:
             checks.reject(_OP, "block", f"be one of {', '.join(_BLOCKS)}", name, TypeError)
+        _check_fixed(block)
         weight = next(block.experts.parameters())
         made = _BLOCKS[name](cls, block, {"device": weight.device, "dtype": weight.dtype})
         made.load_state_dict(block.state_dict())
-        return made
+        return made.train(block.training)
 
     def reset_parameters(self) -> None:
-        """As torch's linear layers: uniform within 1/√(input size), biases too."""
-        experts = self.experts
-        inner = experts.down_proj.shape[1 if experts.options["transposed"] else 2]
-        of_hidden_size = (self.gate.weight, self.gate.bias, experts.gate_up_proj, experts.gate_up_proj_bias)
-        for fan, tensors in ((self.hidden_size, of_hidden_size), (inner, (experts.down_proj, experts.down_proj_bias))):
-            for t in tensors:
-                if t is not None:
-                    torch.nn.init.uniform_(t, -(fan**-0.5), fan**-0.5)
+        """As torch's linear layers, and no selection bias: also what fills a layer that was made on the meta device."""
+        for module in self.children():
+            module.reset_parameters()
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEAux]:
         checks.check_tensor(_OP, "x", x)
@@ -261,14 +308,25 @@ class MoE(torch.nn.Module):
         moe_update_bias(self.gate.e_score_correction_bias, expert_counts, rate)
 
     def extra_repr(self) -> str:
-        routing = ", ".join(f"{name}={value!r}" for name, value in self.routing.items() if value not in (None, False, 1.0))
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, capacity_factor={self.capacity_factor}, {routing}"
+        shown = [f"{name}={value!r}" for name, value in self.routing.items() if value is not None]
+        return ", ".join([f"top_k={self.top_k}", f"capacity_factor={self.capacity_factor}", *shown])
 
 
 def _rename_router(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """gpt-oss calls it `router`."""
     for key in [key for key in state_dict if key.startswith(f"{prefix}router.")]:
         state_dict[f"{prefix}gate.{key.removeprefix(f'{prefix}router.')}"] = state_dict.pop(key)
+
+
+def _check_fixed(block: Any) -> None:
+    """What no option changes is in the block as it is in a layer."""
+    experts = block.experts
+    for owner, name, fixed in ((experts, "alpha", 1.702), (experts, "limit", 7.0), (block, "jitter_noise", 0.0)):
+        if (value := getattr(owner, name, fixed)) != fixed:
+            checks.reject(_OP, "block", f"have {name} = {fixed}", value)
+    act_fn = type(getattr(experts, "act_fn", torch.nn.SiLU())).__name__
+    if act_fn not in ("SiLU", "SiLUActivation"):
+        checks.reject(_OP, "block", "have act_fn = SiLU", act_fn)
 
 
 def _sizes(block: Any, router: Any) -> tuple[int, int, int, int]:
