@@ -121,30 +121,23 @@ def test_sizes(number):
 
 
 NUMBERS = list(enumerate([1, 3, 7, 33, 40, 100]))
-# In each dtype on the CPU, on the kernels in one, all of which have each size.
+# In half precision the larger ones: gradients of few elements, each a sum over some 250 rounded rows, have a largest error that is a
+# matter of luck, the baseline's too. On the kernels each size in one dtype.
 EVERY_SIZE = [
-    pytest.param(hidden, inner, dtype, marks=[pytest.mark.both] * ((i + j + k) % 3 == 0), id=f"{hidden}-{inner}-{str(dtype)[6:]}")
+    pytest.param(
+        hidden, inner, dtype, marks=[pytest.mark.both] * (min(hidden, inner) < 33 or (i + j + k) % 3 == 0),
+        id=f"{hidden}-{inner}-{str(dtype)[6:]}",
+    )
     for (i, hidden), (j, inner), (k, dtype) in itertools.product(NUMBERS, NUMBERS, enumerate([F32, F16, BF16]))
-]
+    if dtype == F32 or min(hidden, inner) >= 33
+]  # fmt: skip
 
 
 @pytest.mark.more
 @OPTIONS
 @pytest.mark.parametrize("hidden, inner, dtype", EVERY_SIZE)
 def test_every_size(hidden, inner, options, dtype):
-    """Gradients of few elements, each a sum over some 250 rounded rows, have a largest error in half precision that is a matter of luck,
-    the baseline's too: there, eight roundings of the largest element."""
-    tensors, indices = draw(400, hidden, inner, dtype=dtype, **options)
-    if dtype == F32 or min(hidden, inner) >= 33:
-        check(tensors, indices, **options)
-        return
-    op, oracle = of(indices, **options)
-    douts = [even(400, hidden).to(dtype)]
-    got, truth = run(op, tensors, douts), run(oracle, tensors, douts, torch.float64)
-    assert got.keys() == truth.keys()
-    for name, value in truth.items():
-        atol = 8 * torch.finfo(dtype).eps * max(1.0, value.abs().max().item())
-        torch.testing.assert_close(got[name].double(), value, rtol=0.0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+    check(*draw(400, hidden, inner, dtype=dtype, **options), **options)
 
 
 # (E, K): one expert, all of them chosen or nearly, more than there are, most of them idle.

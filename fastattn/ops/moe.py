@@ -88,7 +88,7 @@ def _moe_fwd_flops(x, order, inverse, offsets, weights, gate_up_proj, down_proj,
 @register_flop_formula(torch.ops.fastattn.moe_bwd, get_raw=True)
 def _moe_bwd_flops(dout, x, order, inverse, offsets, weights, gate_up_proj, down_proj, *rest, **_) -> int:
     want_x, _, want_gate_up, want_down, _, _ = rest[-1]
-    return (1 + 2 * want_x + 2 * want_gate_up + want_down) * _product_flops(order, down_proj)
+    return (any(rest[-1][:5]) + 2 * want_x + 2 * want_gate_up + want_down) * _product_flops(order, down_proj)
 
 
 @differentiable
