@@ -12,24 +12,19 @@ from torch import Tensor
 
 import fastattn
 
+from . import bench_moe
 from .rows import Variant, row_suite
 from .suite import MATMUL
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(bench_moe.Shape):
     """"up": x[gather] of (T, H), T·K rows, times (E, 2·I, H). "down": (T·K, I) times (E, H, I)."""
 
     function: str
-    num_tokens: int
-    hidden_size: int
-    intermediate_size: int
-    num_experts: int
-    top_k: int
 
     def id(self, dtype: str) -> str:
-        sizes = f"T{self.num_tokens}-H{self.hidden_size}-I{self.intermediate_size}-E{self.num_experts}-K{self.top_k}"
-        return f"{self.function}-{sizes}-{dtype}"
+        return f"{self.function}-{super().id(dtype)}"
 
     @property
     def product(self) -> tuple[int, int]:
@@ -90,7 +85,7 @@ def _work(shape: Shape, which: str, itemsize: int) -> float:
 
 def _shapes(*layers: tuple[int, int, int, int, int]) -> list[Shape]:
     """Both products of layers (T, H, I, E, K)."""
-    return [Shape(name, *layer) for name in VARIANTS for layer in layers]
+    return [Shape(*layer, name) for name in VARIANTS for layer in layers]
 
 
 _SMALL = [(256, 512, 256, 16, 4), (1024, 512, 256, 16, 4)]
@@ -113,9 +108,12 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     return calls
 
 
+def panel(row: dict[str, Any]) -> tuple[str, float]:
+    title, x = bench_moe.panel(row)
+    return f"{row['function']}, {title}", x
+
+
 SUITE = row_suite(
     "grouped_mm", VARIANTS, PRESETS, overhead, work=_work, ceiling=MATMUL, x_label="tokens",
-    panel=lambda row: (
-        f"{row['function']}, H = {row['hidden_size']}, I = {row['intermediate_size']}, E = {row['num_experts']}", row["num_tokens"]
-    ),
-)  # fmt: skip
+    panel=panel,
+)

@@ -171,6 +171,10 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     return calls
 
 
+def panel(row: dict[str, Any]) -> tuple[str, float]:
+    return f"H = {row['hidden_size']}, I = {row['intermediate_size']}, E = {row['num_experts']}", row["num_tokens"]
+
+
 SUITE = Suite(
     op="moe",
     presets=PRESETS,
@@ -180,6 +184,6 @@ SUITE = Suite(
     work=flops,
     ceiling=MATMUL,
     overhead=overhead,
-    panel=lambda row: (f"H = {row['hidden_size']}, I = {row['intermediate_size']}, E = {row['num_experts']}", row["num_tokens"]),
+    panel=panel,
     x_label="tokens",
 )

@@ -103,7 +103,7 @@ SUITE = Suite(
     work=traffic,
     ceiling=COPY,
     overhead=overhead,
-    panel=lambda row: (f"H = {row['hidden_size']}, I = {row['intermediate_size']}, E = {row['num_experts']}", row["num_tokens"]),
+    panel=bench_moe.panel,
     x_label="tokens",
     passes=("fwd",),
 )

@@ -216,7 +216,7 @@ def _warm_experts(
     import fastattn
 
     layer = fastattn.nn.MoE(hidden_size, intermediate_size, num_experts, top_k, device=device, dtype=dtype)
-    for rows in (1, 16, 64, 128):  # an expert, on the average: each has a tile of its own
+    for rows in (1, 16, 64, 128):  # an expert, on the average: 16, 64 and more have tiles of their own, few slots a sort of theirs
         x = torch.randn(max(1, rows * num_experts // top_k), hidden_size, device=device, dtype=dtype, requires_grad=True)
         layer(x)[0].sum().backward()
         with torch.no_grad():

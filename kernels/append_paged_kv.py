@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .launch import check_grid, launch
 from .primitives import cast
-from .rotary import _vector
+from .rows import vector_of
 
 log = logging.getLogger("fastattn")
 
@@ -238,6 +238,6 @@ def append_paged_kv(
         k_cache_ptr=k_cache, v_cache_ptr=v_cache, num_rows=num_rows, seqlen=seqlen, num_heads=num_heads, num_seqs=num_seqs,
         search_steps=num_seqs.bit_length(), table_len=0 if cos is None else cos.shape[0], num_pages=num_pages, page_size=page_size,
         capacity=min(page_table.shape[1] * page_size, 2**31 - 1), **strides, stride_page_table=page_table.stride(0),
-        INTERLEAVED=interleaved, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, ROTARY_DIM=rotary_dim, VECTOR=_vector(k, v),
-        CACHE_VECTOR=_vector(k_cache, v_cache), TABLE_VECTOR=1 if cos is None else _vector(cos, sin), **tile.meta(),
+        INTERLEAVED=interleaved, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, ROTARY_DIM=rotary_dim, VECTOR=vector_of(k, v),
+        CACHE_VECTOR=vector_of(k_cache, v_cache), TABLE_VECTOR=1 if cos is None else vector_of(cos, sin), **tile.meta(),
     )  # fmt: skip

@@ -16,6 +16,7 @@ Floor: 2·R·N·K FLOPs; (R·K + R·N + E·N·K)·itemsize bytes.
 """
 
 import logging
+import math
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,7 @@ from .attention import _precision
 from .grouped_tiles import GroupedConfig, pick_grouped_config
 from .launch import check_grid, interpreted, launch, num_multiprocessors, target_of
 from .primitives import cast, dot
-from .rotary import _vector
+from .rows import vector_of, with_contiguous_rows
 
 log = logging.getLogger("fastattn")
 
@@ -307,10 +308,8 @@ def _grouped_sum_kernel(
     tl.store(out_ptr + group.to(tl.int64) * N + column, cast(tl.sum(acc, 0), out_ptr.dtype.element_ty), mask=column < N)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_outs"])
-def _sum_gathered_kernel(
-    y_ptr, order_ptr, starts_ptr, out_ptr, num_rows, num_outs, N: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _sum_gathered_kernel(y_ptr, order_ptr, starts_ptr, out_ptr, N: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = Σ y[order[i]] over starts[t] ≤ i < starts[t + 1], one after the other in fp32."""
     NUM_BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
     at, column = tl.program_id(0) // NUM_BLOCKS, tl.program_id(0) % NUM_BLOCKS * BLOCK + tl.arange(0, BLOCK)
@@ -337,11 +336,10 @@ class Matrices:
         self.num_cols, self.size = w.shape[1] // halves, w.shape[2]
         self.stride = w.stride(2) if self.n_major else w.stride(1)
         self.stride_half = self.num_cols * w.stride(1)
-        strides = (w.stride(0), self.stride, self.stride_half)
-        step = 16 // w.element_size()
-        self.vector = max(v for v in (8, 4, 2, 1) if w.data_ptr() % (v * w.element_size()) == 0 and not any(s % v for s in strides))
+        strides, aligned = (w.stride(0), self.stride, self.stride_half), w.data_ptr() % 16 == 0
+        self.vector = math.gcd(8, *strides) if aligned else 1
         # TMA: starts on 16 bytes, and every stride a positive multiple of them.
-        self.tma = w.data_ptr() % 16 == 0 and all(stride > 0 and stride % step == 0 for stride in strides)
+        self.tma = aligned and all(stride > 0 and stride * w.element_size() % 16 == 0 for stride in strides)
 
     def args(self) -> dict:
         return dict(
@@ -353,10 +351,6 @@ class Matrices:
 def matrix_tma(t: torch.Tensor) -> bool:
     """Whether a TMA descriptor can be made of a matrix with contiguous rows."""
     return t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0
-
-
-def with_contiguous_rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def num_lanes(num_groups: int) -> int:
@@ -399,7 +393,7 @@ def launch_product(
         grid_of(op, num_rows, w.num_groups, triton.cdiv(w.num_cols, config.BLOCK_N), config, x.device), x.device,
         x_ptr=x, bias_ptr=None if bias is None else bias.contiguous(), offsets_ptr=offsets.contiguous(), gather_ptr=gather,
         scatter_ptr=scatter, out_ptr=out, num_rows=num_rows, num_x_rows=x.shape[0], stride_x=x.stride(0), **w.args(),
-        GROUPS=num_lanes(w.num_groups), TAIL=tail, DIVISOR=divisor, VECTOR_X=_vector(x), PRECISION=_precision(x.dtype),
+        GROUPS=num_lanes(w.num_groups), TAIL=tail, DIVISOR=divisor, VECTOR_X=vector_of(x), PRECISION=_precision(x.dtype),
         USE_TMA=config.tma and w.tma and (gather is not None or matrix_tma(x)), **config.meta(),
     )  # fmt: skip
 
@@ -422,7 +416,7 @@ def launch_weight(
         check_grid(op, num_groups * triton.cdiv(num_m, config.BLOCK_M) * triton.cdiv(num_n, config.BLOCK_N)), a.device,
         a_ptr=a, b_ptr=b, offsets_ptr=offsets.contiguous(), a_numbers_ptr=a_numbers, b_numbers_ptr=b_numbers, out_ptr=out,
         num_rows=num_rows, num_a_rows=a.shape[0], num_b_rows=b.shape[0], stride_a=a.stride(0), stride_b=b.stride(0), N=num_m, K=num_n,
-        GROUPS=num_lanes(num_groups), A_DIVISOR=a_divisor, B_DIVISOR=b_divisor, VECTOR_A=_vector(a), VECTOR_B=_vector(b),
+        GROUPS=num_lanes(num_groups), A_DIVISOR=a_divisor, B_DIVISOR=b_divisor, VECTOR_A=vector_of(a), VECTOR_B=vector_of(b),
         PRECISION=_precision(a.dtype), USE_TMA=config.tma and tma, **config.meta(),
     )  # fmt: skip
 
@@ -441,7 +435,7 @@ def launch_sum(
         _grouped_sum_kernel, check_grid(op, num_groups * triton.cdiv(num_cols, SUM_BLOCK)), y.device,
         y_ptr=y, offsets_ptr=offsets.contiguous(), numbers_ptr=numbers, scale_ptr=scale, out_ptr=out, num_rows=num_rows,
         num_y_rows=y.shape[0], stride_y=y.stride(0), num_scales=0 if scale is None else scale.shape[0], N=num_cols,
-        GROUPS=num_lanes(num_groups), DIVISOR=divisor, VECTOR=_vector(y), ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=8,
+        GROUPS=num_lanes(num_groups), DIVISOR=divisor, VECTOR=vector_of(y), ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=8,
     )  # fmt: skip
 
 
@@ -451,10 +445,13 @@ def grouped_mm_fwd(
 ) -> torch.Tensor:  # fmt: skip
     """Launch the product of x (T, K) and w (E, N, K), of any strides. Returns out (R, N), contiguous."""
     num_rows = (x if gather is None else gather).shape[0]
-    new = torch.empty if scatter is None and x.shape[0] else torch.zeros
+    new = torch.empty if scatter is None else torch.zeros  # there is no saying which rows it names
     out = new(num_rows, w.shape[1], dtype=x.dtype, device=x.device)
     gather, scatter = (None if t is None else t.contiguous() for t in (gather, scatter))
-    launch_product("grouped_mm", x, Matrices(w), bias, offsets, out, num_rows=num_rows, gather=gather, scatter=scatter, config=config)
+    launch_product(
+        "grouped_mm", x, Matrices(w), bias, offsets, out, num_rows=num_rows, gather=gather, scatter=scatter, tail=scatter is None,
+        config=config,
+    )  # fmt: skip
     return out
 
 
@@ -490,6 +487,5 @@ def _sum_gathered(rows: torch.Tensor, gather: torch.Tensor, out: torch.Tensor) -
     block = min(1024, max(16, triton.next_power_of_2(num_cols)))
     launch(
         _sum_gathered_kernel, check_grid("grouped_mm", out.shape[0] * triton.cdiv(num_cols, block)), out.device,
-        y_ptr=rows, order_ptr=order, starts_ptr=starts, out_ptr=out, num_rows=rows.shape[0], num_outs=out.shape[0], N=num_cols,
-        VECTOR=_vector(rows), BLOCK=block, num_warps=4,
+        y_ptr=rows, order_ptr=order, starts_ptr=starts, out_ptr=out, N=num_cols, VECTOR=vector_of(rows), BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .launch import check_grid, launch
 from .primitives import LN2, LOG2E, cast
-from .rotary import _vector
+from .rows import vector_of, with_contiguous_rows
 
 log = logging.getLogger("fastattn")
 
@@ -239,17 +239,17 @@ def _launch(kernel, tile: Tile | None, outs: torch.Tensor, lses: torch.Tensor, *
     if outs.dim() == 4:  # packed is a batch of one
         outs, lses = outs[:, None], lses[:, None]
         tensors = {name: None if t is None else t[None] for name, t in tensors.items()}
-    outs = _with_contiguous_rows(outs)
+    outs = with_contiguous_rows(outs)
     num_splits, batch, seqlen, num_heads, head_dim = outs.shape
     num_rows = batch * seqlen * num_heads
     strides = dict(zip(STRIDES, (*outs.stride()[:4], *lses.stride())))
     if "dout_ptr" in tensors:
-        dout, dlse = tensors["dout_ptr"], tensors["dlse_ptr"] = _with_contiguous_rows(tensors["dout_ptr"]), tensors["dlse_ptr"]
+        dout, dlse = tensors["dout_ptr"], tensors["dlse_ptr"] = with_contiguous_rows(tensors["dout_ptr"]), tensors["dlse_ptr"]
         strides |= dict(zip(STRIDES[8:], (*dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()))))
-        tile, num_blocks, vector = tile or pick_bwd_tile(head_dim, outs.element_size()), 1, _vector(outs, dout)
+        tile, num_blocks, vector = tile or pick_bwd_tile(head_dim, outs.element_size()), 1, vector_of(outs, dout)
     else:
         tile = tile or pick_tile(num_rows, num_splits, head_dim)
-        num_blocks, vector = triton.cdiv(head_dim, tile.BLOCK_D), _vector(outs)
+        num_blocks, vector = triton.cdiv(head_dim, tile.BLOCK_D), vector_of(outs)
     log.debug("merge_attention: %s", tile)
     check_grid("merge_attention", num_rows + tile.ROWS)  # rows, which the kernels count in 32 bits
     launch(
@@ -257,7 +257,3 @@ def _launch(kernel, tile: Tile | None, outs: torch.Tensor, lses: torch.Tensor, *
         outs_ptr=outs, lses_ptr=lses, **tensors, num_splits=num_splits, num_rows=num_rows, seqlen=seqlen, num_heads=num_heads, **strides,
         HEAD_DIM=head_dim, VECTOR=vector, **tile.meta(),
     )  # fmt: skip
-
-
-def _with_contiguous_rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

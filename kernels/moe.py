@@ -26,6 +26,7 @@ from .attention import _precision
 from .glu import activation as activation_of
 from .glu import logistic
 from .grouped_mm import (
+    COUNTS,
     Matrices,
     add_bias,
     columns,
@@ -42,13 +43,12 @@ from .grouped_mm import (
     product,
     rows_source,
     schedule,
-    with_contiguous_rows,
 )
 from .grouped_tiles import GroupedConfig
 from .launch import launch
 from .moe_routing import moe_combine_fwd
 from .primitives import cast
-from .rotary import _vector
+from .rows import vector_of, with_contiguous_rows
 
 log = logging.getLogger("fastattn")
 
@@ -74,9 +74,6 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
 def split_columns(x, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The left and the right half of a tile; no thread gives another anything."""
     return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLS // 2)), (0, 2, 1)))
-
-
-COUNTS = ["num_rows", "num_x_rows", "stride_x", "stride_we", "stride_wh", "stride_w"]
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -245,7 +242,7 @@ def moe_fwd(
         grid_of(op, num_rows, up.num_groups, triton.cdiv(up.num_cols * up.halves, tile.BLOCK_N), tile, x.device), x.device,
         x_ptr=x, bias_ptr=None if gate_up_bias is None else gate_up_bias.contiguous(), offsets_ptr=offsets, order_ptr=order,
         pre_ptr=pre if keep else None, out_ptr=a, num_rows=num_rows, num_x_rows=x.shape[0], stride_x=x.stride(0), **up.args(),
-        HALVES=up.halves, GROUPS=num_lanes(up.num_groups), DIVISOR=top_k, ACTIVATION=ACTIVATIONS[activation], VECTOR_X=_vector(x),
+        HALVES=up.halves, GROUPS=num_lanes(up.num_groups), DIVISOR=top_k, ACTIVATION=ACTIVATIONS[activation], VECTOR_X=vector_of(x),
         PRECISION=_precision(x.dtype), USE_TMA=tile.tma and up.tma, **tile.meta(),
     )  # fmt: skip
     y = torch.empty(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
@@ -264,14 +261,14 @@ def moe_bwd(
     want_x, want_weights, want_gate_up, want_down, want_gate_up_bias, want_down_bias = wanted
     dout, x, order, offsets = with_contiguous_rows(dout), with_contiguous_rows(x), order.contiguous(), offsets.contiguous()
     weights = weights.contiguous()
-    inputs = x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias
-    grads = dx, _, dgate_up, ddown, dgate_up_bias, ddown_bias = [
-        torch.empty(0 if t is None or not want else t.shape, dtype=t.dtype if t is weights else x.dtype, device=x.device)
-        for t, want in zip(inputs, wanted, strict=True)
-    ]
+    dx, dweights = x.new_empty(0), weights.new_empty(0)
+    dgate_up, ddown, dgate_up_bias, ddown_bias = (
+        torch.empty(0 if t is None or not want else t.shape, dtype=x.dtype, device=x.device)
+        for t, want in zip((gate_up_proj, down_proj, gate_up_bias, down_bias), wanted[2:], strict=True)
+    )
     dpre = a = None
     if want_x or want_weights or want_gate_up or want_down or want_gate_up_bias:
-        dpre, a, grads[1] = _down_bwd(
+        dpre, a, dweights = _down_bwd(
             dout, order, offsets, weights, down_proj, down_bias, pre, activation, layout, transposed, want_weights, config
         )
     if want_down:
@@ -288,8 +285,8 @@ def moe_bwd(
         matrices = Matrices(_upright(gate_up_proj, transposed).transpose(1, 2))
         launch_product(op, dpre, matrices, None, offsets, rows, num_rows=num_rows, tail=False)
         del dpre
-        grads[0] = moe_combine_fwd(rows, inverse, offsets, None, top_k)
-    return tuple(grads)
+        dx = moe_combine_fwd(rows, inverse, offsets, None, top_k)
+    return dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias
 
 
 def _down_bwd(
@@ -309,7 +306,7 @@ def _down_bwd(
     dots = torch.zeros(weights.numel(), num_dots, dtype=torch.float32, device=pre.device)  # rows of nobody are written by nobody
     shared = dict(
         offsets_ptr=offsets, order_ptr=order, num_rows=num_rows, num_x_rows=dout.shape[0], num_slots=weights.numel(),
-        stride_x=dout.stride(0), GROUPS=num_lanes(down.num_groups), NUM_DOTS=num_dots, DIVISOR=top_k, VECTOR_X=_vector(dout),
+        stride_x=dout.stride(0), GROUPS=num_lanes(down.num_groups), NUM_DOTS=num_dots, DIVISOR=top_k, VECTOR_X=vector_of(dout),
     )  # fmt: skip
     launch(
         _moe_down_bwd_kernel, grid_of(op, num_rows, down.num_groups, num_blocks, tile, dout.device), dout.device,

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from .launch import check_grid, launch
 from .primitives import LOG2E, cast, reciprocal
-from .rotary import _vector
+from .rows import vector_of, with_contiguous_rows
 from .sampling import float_key, key_float
 
 log = logging.getLogger("fastattn")
@@ -407,7 +407,7 @@ def moe_route_fwd(
     num_tokens, num_experts = logits.shape
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     indices = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
-    logits, bias = _with_contiguous_rows(logits), None if bias is None else bias.contiguous()
+    logits, bias = with_contiguous_rows(logits), None if bias is None else bias.contiguous()
     groups = triton.next_power_of_2(num_groups)
     tile = tile or pick_route_tile(max(2, groups * triton.next_power_of_2(num_experts // num_groups)))
     log.debug("moe_route: %s", tile)
@@ -416,7 +416,7 @@ def moe_route_fwd(
         logits_ptr=logits, bias_ptr=bias, weights_ptr=weights, indices_ptr=indices, num_tokens=num_tokens, stride_t=logits.stride(0),
         scaling_factor=float(scaling_factor), SCORE=score, SCORE_FIRST=order == "score_then_topk",
         RENORMALIZE=_renormalizes(score, order, renormalize), NUM_EXPERTS=num_experts, TOP_K=top_k, NUM_GROUPS=num_groups,
-        TOP_K_GROUPS=top_k_groups, VECTOR=_vector(logits), **tile.meta(), GROUPS=groups, BLOCK_K=triton.next_power_of_2(top_k),
+        TOP_K_GROUPS=top_k_groups, VECTOR=vector_of(logits), **tile.meta(), GROUPS=groups, BLOCK_K=triton.next_power_of_2(top_k),
     )  # fmt: skip
     return weights, indices
 
@@ -428,7 +428,7 @@ def moe_route_bwd(
     """Launch routing's backward. dweights and indices are (T, top_k), of any strides. Returns dlogits in logits' dtype, contiguous."""
     num_tokens, num_experts = logits.shape
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    logits = _with_contiguous_rows(logits)
+    logits = with_contiguous_rows(logits)
     tile = tile or pick_route_bwd_tile(max(2, triton.next_power_of_2(num_experts)))
     log.debug("moe_route: %s", tile)
     launch(
@@ -436,7 +436,7 @@ def moe_route_bwd(
         dweights_ptr=dweights.contiguous(), logits_ptr=logits, indices_ptr=indices.contiguous(), dlogits_ptr=dlogits,
         num_tokens=num_tokens, stride_t=logits.stride(0), scaling_factor=float(scaling_factor), SCORE=score,
         SCORE_FIRST=order == "score_then_topk", RENORMALIZE=_renormalizes(score, order, renormalize), NUM_EXPERTS=num_experts,
-        TOP_K=indices.shape[1], VECTOR=_vector(logits), **tile.meta(),
+        TOP_K=indices.shape[1], VECTOR=vector_of(logits), **tile.meta(),
     )  # fmt: skip
     return dlogits
 
@@ -491,13 +491,13 @@ def moe_gather_fwd(
 ) -> torch.Tensor:
     """Launch the gather of x (T, H), of any strides, into (T·top_k, H) rows in sorted order, contiguous; rows that no expert has are 0."""
     num_tokens, num_cols = x.shape
-    x, out = _with_contiguous_rows(x), torch.empty(inverse.shape[0], num_cols, dtype=x.dtype, device=x.device)
-    tile = tile or pick_tile(num_cols, x.element_size(), _vector(x))
+    x, out = with_contiguous_rows(x), torch.empty(inverse.shape[0], num_cols, dtype=x.dtype, device=x.device)
+    tile = tile or pick_tile(num_cols, x.element_size(), vector_of(x))
     log.debug("moe_gather: %s", tile)
     launch(
         _moe_gather_fwd_kernel, _grid("moe_gather", num_tokens, tile.ROWS, triton.cdiv(num_cols, tile.BLOCK)), x.device,
         x_ptr=x, inverse_ptr=inverse.contiguous(), offsets_ptr=offsets.contiguous(), out_ptr=out, num_tokens=num_tokens,
-        stride_x=x.stride(0), NUM_COLS=num_cols, NUM_EXPERTS=offsets.shape[0], TOP_K=top_k, VECTOR=_vector(x), **tile.meta(),
+        stride_x=x.stride(0), NUM_COLS=num_cols, NUM_EXPERTS=offsets.shape[0], TOP_K=top_k, VECTOR=vector_of(x), **tile.meta(),
     )  # fmt: skip
     return out
 
@@ -508,14 +508,14 @@ def moe_combine_fwd(
     """Launch the sum of the top_k rows of each token among y (T·top_k, H), of any strides, with weights (T, top_k) fp32; None is ones.
     Returns (T, H) in y's dtype, contiguous."""
     num_tokens, num_cols = y.shape[0] // top_k, y.shape[1]
-    y, out = _with_contiguous_rows(y), torch.empty(num_tokens, num_cols, dtype=y.dtype, device=y.device)
-    tile = tile or pick_tile(num_cols, y.element_size(), _vector(y))
+    y, out = with_contiguous_rows(y), torch.empty(num_tokens, num_cols, dtype=y.dtype, device=y.device)
+    tile = tile or pick_tile(num_cols, y.element_size(), vector_of(y))
     log.debug("moe_combine: %s", tile)
     launch(
         _moe_combine_fwd_kernel, _grid("moe_combine", num_tokens, tile.ROWS, triton.cdiv(num_cols, tile.BLOCK)), y.device,
         y_ptr=y, inverse_ptr=inverse.contiguous(), offsets_ptr=offsets.contiguous(),
         weights_ptr=None if weights is None else weights.contiguous(), out_ptr=out, num_tokens=num_tokens, stride_y=y.stride(0),
-        NUM_COLS=num_cols, NUM_EXPERTS=offsets.shape[0], TOP_K=top_k, VECTOR=_vector(y), **tile.meta(),
+        NUM_COLS=num_cols, NUM_EXPERTS=offsets.shape[0], TOP_K=top_k, VECTOR=vector_of(y), **tile.meta(),
     )  # fmt: skip
     return out
 
@@ -527,14 +527,14 @@ def moe_combine_bwd(
     (num_tokens, num_cols), top_k = dout.shape, weights.shape[1]
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dweights = torch.empty(weights.shape, dtype=torch.float32, device=y.device)
-    dout, y = _with_contiguous_rows(dout), _with_contiguous_rows(y)
-    tile = tile or pick_tile(num_cols, y.element_size(), _vector(dout, y))
+    dout, y = with_contiguous_rows(dout), with_contiguous_rows(y)
+    tile = tile or pick_tile(num_cols, y.element_size(), vector_of(dout, y))
     log.debug("moe_combine: %s", tile)
     launch(
         _moe_combine_bwd_kernel, _grid("moe_combine", num_tokens, tile.ROWS), y.device,
         dout_ptr=dout, y_ptr=y, inverse_ptr=inverse.contiguous(), offsets_ptr=offsets.contiguous(), weights_ptr=weights.contiguous(),
         dy_ptr=dy, dweights_ptr=dweights, num_tokens=num_tokens, stride_do=dout.stride(0), stride_y=y.stride(0), NUM_COLS=num_cols,
-        NUM_EXPERTS=offsets.shape[0], TOP_K=top_k, VECTOR=_vector(dout, y), **tile.meta(),
+        NUM_EXPERTS=offsets.shape[0], TOP_K=top_k, VECTOR=vector_of(dout, y), **tile.meta(),
     )  # fmt: skip
     return dy, dweights
 
@@ -547,7 +547,3 @@ def _renormalizes(score: str, order: str, renormalize: bool) -> bool:
 def _grid(op: str, num_tokens: int, rows: int, num_blocks: int = 1) -> tuple[int]:
     check_grid(op, num_tokens + rows)  # tokens, which the kernels count in 32 bits
     return check_grid(op, triton.cdiv(num_tokens, rows) * num_blocks)
-
-
-def _with_contiguous_rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

@@ -10,7 +10,6 @@ Floor: 2·(q.numel + k.numel)·itemsize bytes.
 """
 
 import logging
-import math
 from dataclasses import replace
 
 import torch
@@ -20,6 +19,7 @@ import triton.language as tl
 from .launch import check_grid, launch
 from .primitives import cast
 from .row_tiles import RowConfig, pick_row_config
+from .rows import vector_of
 
 log = logging.getLogger("fastattn")
 
@@ -159,7 +159,7 @@ def rotary(
         seqlen=seqlen, num_heads=num_heads, num_kv_heads=num_kv_heads, q_rows=q_rows, k_rows=k_rows, q_programs=q_programs,
         table_len=cos.shape[1], num_seqs=num_seqs, search_steps=num_seqs.bit_length(), **strides,
         INTERLEAVED=interleaved, INVERSE=inverse, HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim,
-        VECTOR=_vector(q, k), TABLE_VECTOR=_vector(cos, sin), **config.meta(),
+        VECTOR=vector_of(q, k), TABLE_VECTOR=vector_of(cos, sin), **config.meta(),
         BLOCK_REST=triton.next_power_of_2(head_dim - rotary_dim) if rotary_dim < head_dim else 0,
     )  # fmt: skip
     return q_out, k_out
@@ -171,10 +171,3 @@ def rotary_config(head_dim: int, rotary_dim: int, itemsize: int) -> RowConfig:
     config = pick_row_config("rotary", head_dim, itemsize)
     block = min(config.BLOCK, max(2, triton.next_power_of_2(rotary_dim)))
     return replace(config, BLOCK=block, num_warps=max(1, config.num_warps * block // config.BLOCK))
-
-
-def _vector(*tensors: torch.Tensor) -> int:
-    """How many elements, at most 8, every row of these tensors starts at a multiple of."""
-    if any(t.data_ptr() % 16 for t in tensors):
-        return 1
-    return math.gcd(8, *(t.stride(dim) for t in tensors for dim in range(t.dim() - 1) if t.shape[dim] > 1))

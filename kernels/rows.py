@@ -15,6 +15,8 @@ padding, a batch expanded from one. A row's access is one of three, chosen for a
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -94,6 +96,17 @@ def _access(num_cols: int, tensors: list[torch.Tensor], strides: list[tuple[int,
     if starts == {(0, 0)} and num_cols % 8 == 0:
         return "vector"
     return "edges" if len(starts) == 1 else "scalar"
+
+
+def vector_of(*tensors: torch.Tensor) -> int:
+    """How many elements, at most 8, every row of these tensors starts at a multiple of."""
+    if any(t.data_ptr() % 16 for t in tensors):
+        return 1
+    return math.gcd(8, *(t.stride(dim) for t in tensors for dim in range(t.dim() - 1) if t.shape[dim] > 1))
+
+
+def with_contiguous_rows(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------------------

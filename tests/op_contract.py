@@ -6,6 +6,7 @@ interpreter's process on the kernels, under the bounds and race checker, and in 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -130,6 +131,16 @@ def check_operator(operator, *args) -> None:
         fake = outputs(operator(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)))
     assert [layout(t) for t in fake] == [layout(t) for t in real]
     assert all(t.is_contiguous() for t in real)
+
+
+def runs_as_on_cuda(monkeypatch: pytest.MonkeyPatch, op: str):
+    """The op's module, whose implementations choose as they do for CUDA tensors: kernels run, values are not looked at."""
+    pytest.importorskip("triton", reason="needs triton")
+    module = importlib.import_module(f"fastattn.ops.{op}")
+    monkeypatch.setattr(module, "runs_kernels", lambda tensor: True)
+    if hasattr(module, "checks_values"):
+        monkeypatch.setattr(module, "checks_values", lambda tensor: False)
+    return module
 
 
 def launched_on(capability: tuple[int, int], call: Callable[[], object]) -> list:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_contract import BF16, DTYPES, F16, F32, INPUT_LAYOUTS, launched_on
+from op_contract import BF16, DTYPES, F16, F32, INPUT_LAYOUTS, launched_on, runs_as_on_cuda
 
 import fastattn
 from fastattn import reference
@@ -507,12 +507,7 @@ def check_compiled_append(args, dynamic=None, backend="inductor"):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import append_paged_kv
-
-    monkeypatch.setattr(append_paged_kv, "runs_kernels", lambda tensor: True)
-    monkeypatch.setattr(append_paged_kv, "checks_values", lambda tensor: False)
-    return append_paged_kv
+    return runs_as_on_cuda(monkeypatch, "append_paged_kv")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)

@@ -20,6 +20,7 @@ from op_contract import (
     check_pure,
     check_refuses_higher_derivatives,
     launched_on,
+    runs_as_on_cuda,
     upstream,
 )
 
@@ -477,12 +478,7 @@ def test_compiled_takes_an_lse_that_is_not_used():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import cross_entropy
-
-    monkeypatch.setattr(cross_entropy, "runs_kernels", lambda tensor: True)
-    monkeypatch.setattr(cross_entropy, "checks_values", lambda tensor: False)
-    return cross_entropy
+    return runs_as_on_cuda(monkeypatch, "cross_entropy")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)

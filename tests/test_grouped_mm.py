@@ -21,6 +21,7 @@ from op_contract import (
     check_refuses_higher_derivatives,
     launched_on,
     run,
+    runs_as_on_cuda,
     upstream,
 )
 from torch.utils.flop_counter import FlopCounterMode
@@ -603,12 +604,7 @@ def test_numbers_of_rows_are_one_graph():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import grouped_mm
-
-    monkeypatch.setattr(grouped_mm, "runs_kernels", lambda tensor: True)
-    monkeypatch.setattr(grouped_mm, "checks_values", lambda tensor: False)
-    return grouped_mm
+    return runs_as_on_cuda(monkeypatch, "grouped_mm")
 
 
 def launch_forward(ops, num_rows, dtype=BF16, num_groups=8, num_cols=256, size=128, transposed=False, numbered=True):

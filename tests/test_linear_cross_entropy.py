@@ -22,6 +22,7 @@ from op_contract import (
     check_pure,
     check_refuses_higher_derivatives,
     launched_on,
+    runs_as_on_cuda,
     upstream,
 )
 from torch.utils.flop_counter import FlopCounterMode
@@ -419,11 +420,9 @@ def test_checkpointing():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import cross_entropy, linear_cross_entropy
+    from fastattn.ops import linear_cross_entropy
 
-    monkeypatch.setattr(cross_entropy, "runs_kernels", lambda tensor: True)
-    monkeypatch.setattr(cross_entropy, "checks_values", lambda tensor: False)
+    runs_as_on_cuda(monkeypatch, "cross_entropy")
     return linear_cross_entropy
 
 

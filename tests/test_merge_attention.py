@@ -19,6 +19,7 @@ from op_contract import (
     check_pure,
     check_refuses_higher_derivatives,
     launched_on,
+    runs_as_on_cuda,
     upstream,
 )
 
@@ -310,11 +311,7 @@ def test_compiled_is_eager_on_the_kernels():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import merge_attention
-
-    monkeypatch.setattr(merge_attention, "runs_kernels", lambda tensor: True)
-    return merge_attention
+    return runs_as_on_cuda(monkeypatch, "merge_attention")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)

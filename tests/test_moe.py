@@ -19,6 +19,7 @@ from op_contract import (
     check_refuses_higher_derivatives,
     launched_on,
     run,
+    runs_as_on_cuda,
     upstream,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -778,11 +779,7 @@ def test_numbers_of_tokens_are_one_graph():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import moe
-
-    monkeypatch.setattr(moe, "runs_kernels", lambda tensor: True)
-    return moe
+    return runs_as_on_cuda(monkeypatch, "moe")
 
 
 def launch_forward(ops, num_tokens, top_k=2, num_experts=8, hidden=256, inner=128, dtype=BF16, **options):

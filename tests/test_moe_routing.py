@@ -17,6 +17,7 @@ from op_contract import (
     check_pure,
     check_refuses_higher_derivatives,
     launched_on,
+    runs_as_on_cuda,
     upstream,
 )
 
@@ -724,12 +725,7 @@ def test_compiled_bias_update():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import moe_routing
-
-    monkeypatch.setattr(moe_routing, "runs_kernels", lambda tensor: True)
-    monkeypatch.setattr(moe_routing, "checks_values", lambda tensor: False)
-    return moe_routing
+    return runs_as_on_cuda(monkeypatch, "moe_routing")
 
 
 def every_operator(ops, num_tokens, num_experts=64, top_k=4, num_cols=128):

@@ -18,6 +18,7 @@ from op_contract import (
     check_refuses_higher_derivatives,
     launched_on,
     outputs,
+    runs_as_on_cuda,
     upstream,
 )
 
@@ -600,11 +601,7 @@ def test_compiled_dropout_draws_eager_s_mask():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import norm
-
-    monkeypatch.setattr(norm, "runs_kernels", lambda tensor: True)
-    return norm
+    return runs_as_on_cuda(monkeypatch, "norm")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)

@@ -16,6 +16,7 @@ from op_contract import (
     check_operator,
     check_pure,
     launched_on,
+    runs_as_on_cuda,
     upstream,
 )
 
@@ -478,12 +479,7 @@ def test_compiled_is_eager_on_the_kernel():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import rotary
-
-    monkeypatch.setattr(rotary, "runs_kernels", lambda tensor: True)
-    monkeypatch.setattr(rotary, "checks_values", lambda tensor: False)
-    return rotary
+    return runs_as_on_cuda(monkeypatch, "rotary")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from op_contract import BF16, DTYPES, F16, F32, INPUT_LAYOUTS, check_operator, launched_on
+from op_contract import BF16, DTYPES, F16, F32, INPUT_LAYOUTS, check_operator, launched_on, runs_as_on_cuda
 
 import fastattn
 from fastattn.reference import sampling_probs as reference
@@ -610,12 +610,7 @@ def test_inductor_draws_by_a_seed_of_its_own():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import sampling
-
-    monkeypatch.setattr(sampling, "runs_kernels", lambda tensor: True)
-    monkeypatch.setattr(sampling, "checks_values", lambda tensor: False)
-    return sampling
+    return runs_as_on_cuda(monkeypatch, "sampling")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)

@@ -17,6 +17,7 @@ from op_contract import (
     check_pure,
     check_refuses_higher_derivatives,
     launched_on,
+    runs_as_on_cuda,
     upstream,
 )
 
@@ -241,11 +242,7 @@ def test_compiled_is_eager_on_the_kernels():
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    pytest.importorskip("triton", reason="needs triton")
-    from fastattn.ops import softmax
-
-    monkeypatch.setattr(softmax, "runs_kernels", lambda tensor: True)
-    return softmax
+    return runs_as_on_cuda(monkeypatch, "softmax")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)

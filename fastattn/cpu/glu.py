@@ -15,7 +15,7 @@ def glu_fwd(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     gate, up = _halves(gate) if up is None else (gate, up)
     out = gate.new_empty(gate.shape)
     for g, u, y in _chunks(gate, up, out):
-        torch.mul(_activation(g.float(), activation), u, out=y)
+        torch.mul(activate(g.float(), activation), u, out=y)
     return out
 
 
@@ -25,18 +25,18 @@ def glu_bwd(dout: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> t
     gate, up = _halves(gate) if packed else (gate, up)
     for d, g, u, dg, du in _chunks(dout, gate, up, *(_halves(grads[0]) if packed else grads)):
         d, g, u = d.float(), g.float(), u.float()
-        torch.mul(_activation_grad(u, g, activation), d, out=dg)
-        torch.mul(_activation(g, activation), d, out=du)
+        torch.mul(activation_grad(u, g, activation), d, out=dg)
+        torch.mul(activate(g, activation), d, out=du)
     return grads[0], None if packed else grads[1]
 
 
-def _activation(g: Tensor, activation: str) -> Tensor:
+def activate(g: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return F.silu(g)
     return F.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _activation_grad(dy: Tensor, g: Tensor, activation: str) -> Tensor:
+def activation_grad(dy: Tensor, g: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return torch.ops.aten.silu_backward(dy, g)
     return torch.ops.aten.gelu_backward(dy, g, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -24,9 +24,9 @@ def grouped_mm_fwd(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None, g
     for group, rows in groups(offsets):
         inputs = x[rows] if gather is None else x.index_select(0, gather[rows])
         if scatter is not None:
-            out[scatter[rows]] = product(inputs, w[group], None if bias is None else bias[group])
+            out[scatter[rows]] = product(inputs, w, bias, group)
         else:
-            product(inputs, w[group], None if bias is None else bias[group], out=out[rows])
+            product(inputs, w, bias, group, out=out[rows])
     return out
 
 
@@ -36,9 +36,9 @@ def zeroed_tail(rows: Tensor, offsets: Tensor) -> Tensor:
     return rows
 
 
-def product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x·wᵀ + bias."""
-    return torch.mm(x, w.t(), out=out) if bias is None else torch.addmm(bias, x, w.t(), out=out)
+def product(x: Tensor, w: Tensor, bias: Tensor | None, group: int, out: Tensor | None = None) -> Tensor:
+    """x·w[group]ᵀ + bias[group]."""
+    return torch.mm(x, w[group].t(), out=out) if bias is None else torch.addmm(bias[group], x, w[group].t(), out=out)
 
 
 def grouped_mm_bwd(

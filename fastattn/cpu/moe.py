@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .glu import activate, activation_grad
 from .grouped_mm import groups, product, zeroed_tail
 from .moe_routing import moe_combine_fwd
 
+ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu_tanh"}  # as glu calls them
 ALPHA, LIMIT = 1.702, 7.0  # gpt-oss
 BLOCK = 2048  # rows that are gathered and gated at once
 
@@ -97,7 +98,7 @@ def _blocks(offsets: Tensor) -> Iterator[tuple[slice, list[int], list[int]]]:
 
 def _products(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, experts: list[int], sizes: list[int]) -> None:
     for expert, rows, part in zip(experts, x.split(sizes), out.split(sizes), strict=True):
-        product(rows, w[expert], _of(bias, expert), out=part)
+        product(rows, w, bias, expert, out=part)
 
 
 def _weight_gradients(dy: Tensor, x: Tensor, dw: Tensor, experts: list[int], sizes: list[int]) -> None:
@@ -107,10 +108,6 @@ def _weight_gradients(dy: Tensor, x: Tensor, dw: Tensor, experts: list[int], siz
 
 def _upright(w: Tensor, transposed: bool) -> Tensor:
     return w.transpose(-1, -2) if transposed else w
-
-
-def _of(bias: Tensor | None, expert: int) -> Tensor | None:
-    return None if bias is None else bias[expert]
 
 
 def _halves(z: Tensor, layout: str) -> tuple[Tensor, Tensor]:
@@ -125,18 +122,15 @@ def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         gate = gate.clamp(max=LIMIT)
         a = gate * torch.sigmoid(ALPHA * gate) * (up.clamp(-LIMIT, LIMIT) + 1)
     else:
-        a = (F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
+        a = activate(gate, ACTIVATIONS[activation]) * up
     return a.to(dtype)
 
 
 def _gated_bwd(da: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """(act(gate)∘up, its gradients by gate and up), all fp32."""
-    if activation == "swiglu":
-        act = F.silu(gate)
-        return act * up, torch.ops.aten.silu_backward(da * up, gate), da * act
-    if activation == "geglu":
-        act = F.gelu(gate, approximate="tanh")
-        return act * up, torch.ops.aten.gelu_backward(da * up, gate, approximate="tanh"), da * act
+    if activation != "clamped_swiglu":
+        act = activate(gate, ACTIVATIONS[activation])
+        return act * up, activation_grad(da * up, gate, ACTIVATIONS[activation]), da * act
     g, u = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT) + 1
     s = torch.sigmoid(ALPHA * g)
     slope = s * (1 + ALPHA * g * (1 - s))

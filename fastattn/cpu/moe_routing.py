@@ -88,16 +88,13 @@ def moe_gather_fwd(x: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> T
 
 def moe_combine_fwd(y: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
     out = torch.zeros(len(y) // top_k, y.shape[1], dtype=torch.float32)
-    num_kept = min(int(offsets[-1]), len(inverse))
-    everything = bool(((inverse >= 0) & (inverse < num_kept)).all())  # the usual: then nothing has to be masked
-    for k, row in enumerate(inverse.view(-1, top_k).unbind(1)):
+    for k, (row, kept) in enumerate(_rows(inverse, offsets, top_k)):
         weight = None if weights is None else weights[:, k, None]
-        if everything:
+        if kept is None:
             rows = y.index_select(0, row).float()
         else:
-            dropped = (row < 0) | (row >= num_kept)
-            rows = y.index_select(0, row.masked_fill(dropped, 0)).float().masked_fill(dropped[:, None], 0.0)
-            weight = None if weight is None else weight.masked_fill(dropped[:, None], 0.0)
+            rows = y.index_select(0, row.masked_fill(~kept, 0)).float().masked_fill(~kept[:, None], 0.0)
+            weight = None if weight is None else weight.masked_fill(~kept[:, None], 0.0)
         if weight is None:
             out += rows
         else:
@@ -109,6 +106,7 @@ def moe_combine_bwd(dout: Tensor, y: Tensor, inverse: Tensor, offsets: Tensor, w
     dy, dweights = y.new_zeros(y.shape), torch.zeros(weights.shape, dtype=torch.float32)
     dout = dout.float()
     for k, (row, kept) in enumerate(_rows(inverse, offsets, weights.shape[1])):
+        kept = slice(None) if kept is None else kept
         row, part = row[kept], dout[kept]
         dy[row] = (weights[kept, k, None] * part).to(y.dtype)
         dweights[kept, k] = (part * y[row]).sum(1)
@@ -116,7 +114,7 @@ def moe_combine_bwd(dout: Tensor, y: Tensor, inverse: Tensor, offsets: Tensor, w
 
 
 def _rows(inverse: Tensor, offsets: Tensor, top_k: int):
-    """For each k, the sorted row of every token, and whether an expert has it."""
-    num_kept = min(int(offsets[-1]), len(inverse))
-    for row in inverse.view(-1, top_k).unbind(1):
-        yield row, (row >= 0) & (row < num_kept)
+    """For each k, the sorted row of every token, and whether an expert has it: None where all are had, as they usually are."""
+    kept = (inverse >= 0) & (inverse < min(int(offsets[-1]), len(inverse)))
+    columns = [None] * top_k if bool(kept.all()) else kept.view(-1, top_k).unbind(1)
+    yield from zip(inverse.view(-1, top_k).unbind(1), columns, strict=True)

@@ -91,9 +91,8 @@ class Experts(torch.nn.Module):
         **made: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        for arg, value, choices in (("activation", activation, ACTIVATIONS), ("layout", layout, LAYOUTS)):
-            if value not in choices:
-                checks.reject(_OP, arg, f"be one of {', '.join(map(repr, choices))}", repr(value))
+        checks.check_choice(_OP, "activation", activation, ACTIVATIONS)
+        checks.check_choice(_OP, "layout", layout, LAYOUTS)
         self.options = {"activation": activation, "layout": layout, "transposed": transposed}
         shapes = {"gate_up_proj": (2 * intermediate_size, hidden_size), "down_proj": (hidden_size, intermediate_size)}
         for name, (rows, cols) in shapes.items():

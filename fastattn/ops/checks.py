@@ -35,11 +35,16 @@ def check_device(op: str, arg: str, value: torch.Tensor, owner: str, device: tor
         reject(op, arg, f"be on {owner} device {device}", value.device)
 
 
-def check_like(op: str, arg: str, value: torch.Tensor, q: torch.Tensor, *, dtype: bool = True) -> None:
-    """`value` lies on q's device and, unless dtype=False, has q's dtype."""
-    check_device(op, arg, value, "q's", q.device)
+def check_like(op: str, arg: str, value: torch.Tensor, q: torch.Tensor, *, dtype: bool = True, owner: str = "q's") -> None:
+    """`value` lies on q's device and, unless dtype=False, has q's dtype; owner: what messages call q, as "x's"."""
+    check_device(op, arg, value, owner, q.device)
     if dtype and value.dtype != q.dtype:
-        reject(op, arg, f"have q's dtype {q.dtype}", value.dtype, TypeError)
+        reject(op, arg, f"have {owner} dtype {q.dtype}", value.dtype, TypeError)
+
+
+def check_choice(op: str, arg: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        reject(op, arg, f"be one of {', '.join(map(repr, choices))}", repr(value))
 
 
 def check_float(op: str, arg: str, value: torch.Tensor, *, or_bool: bool = False) -> None:
@@ -195,11 +200,11 @@ def autocasts_to_float32(value: torch.Tensor) -> bool:
 def check_int32(
     op: str, arg: str, value: torch.Tensor, dims: Sequence[int | None], letters: str, q: torch.Tensor, owner: str = "q's"
 ) -> None:
-    """An int32 tensor of that shape, None for any size, on the device of q, or of whatever `owner` calls it."""
+    """An int32 tensor of that shape, None for any size, on q's device; owner as in `check_like`."""
     check_tensor(op, arg, value)
     if value.dtype != torch.int32:
         reject(op, arg, "be an int32 tensor", value.dtype, TypeError)
-    check_device(op, arg, value, owner, q.device)
+    check_like(op, arg, value, q, dtype=False, owner=owner)
     if value.dim() != len(dims) or any(dim not in (None, size) for dim, size in zip(dims, value.shape, strict=True)):
         reject(op, arg, f"have shape {letters}", shape(value))
 

@@ -74,10 +74,7 @@ def _gated(op: str, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
             checks.reject(op, "gate", "have an even last dim to hold [gate; up] without up", checks.shape(gate))
     else:
         checks.check_tensor(op, "up", up)
-        if up.dtype != gate.dtype:
-            checks.reject(op, "up", f"have gate's dtype {gate.dtype}", up.dtype, TypeError)
-        if up.device != gate.device:
-            checks.reject(op, "up", f"be on gate's device {gate.device}", up.device)
+        checks.check_like(op, "up", up, gate, owner="gate's")
         if up.shape != gate.shape:
             checks.reject(op, "up", f"have gate's shape {checks.shape(gate)}", checks.shape(up))
         if up is gate:  # one tensor in two places breaks a compiled autograd.Function

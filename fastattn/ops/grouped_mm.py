@@ -92,9 +92,7 @@ class _GroupedMM(torch.autograd.Function):
 def check_matrices(op: str, arg: str, w: Tensor, like: Tensor, letters: str) -> None:
     """A stack of matrices of like's dtype, on its device."""
     checks.check_tensor(op, arg, w)
-    if w.dtype != like.dtype:
-        checks.reject(op, arg, f"have x's dtype {like.dtype}", w.dtype, TypeError)
-    checks.check_device(op, arg, w, "x's", like.device)
+    checks.check_like(op, arg, w, like, owner="x's")
     if w.dim() != 3 or min(w.shape) < 1:
         checks.reject(op, arg, f"have shape {letters}, none of it 0", checks.shape(w))
 
@@ -104,9 +102,7 @@ def check_bias(op: str, arg: str, bias: Tensor | None, like: Tensor, dims: tuple
     if bias is None:
         return
     checks.check_tensor(op, arg, bias)
-    if bias.dtype != like.dtype:
-        checks.reject(op, arg, f"have x's dtype {like.dtype}", bias.dtype, TypeError)
-    checks.check_device(op, arg, bias, "x's", like.device)
+    checks.check_like(op, arg, bias, like, owner="x's")
     if checks.shape(bias) != dims:
         checks.reject(op, arg, f"have shape {letters} = {dims}", checks.shape(bias))
 

@@ -106,6 +106,7 @@ class _MoE(torch.autograd.Function):
         *tensors, activation, layout, transposed, _ = inputs
         ctx.options = activation, layout, transposed
         _, pre = output
+        ctx.set_materialize_grads(False)  # pre's would be zeros, as many as it has
         ctx.mark_non_differentiable(pre)
         ctx.save_for_backward(*tensors, pre)
 
@@ -182,9 +183,8 @@ def moe(
     checks.check_dtype(op, "x", x)
     if x.dim() != 2 or x.shape[1] < 1:
         checks.reject(op, "x", "have shape (T, H) with H of 1 or more", checks.shape(x))
-    for arg, value, choices in (("activation", activation, ACTIVATIONS), ("layout", layout, LAYOUTS)):
-        if value not in choices:
-            checks.reject(op, arg, f"be one of {', '.join(map(repr, choices))}", repr(value))
+    checks.check_choice(op, "activation", activation, ACTIVATIONS)
+    checks.check_choice(op, "layout", layout, LAYOUTS)
     hidden_size, letters = x.shape[1], "(E, H, 2·I)" if transposed else "(E, 2·I, H)"
     check_matrices(op, "gate_up_proj", gate_up_proj, x, letters)
     num_experts, rows, cols = gate_up_proj.shape

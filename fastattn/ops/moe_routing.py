@@ -148,6 +148,7 @@ class _MoERoute(torch.autograd.Function):
         logits, _, _, score, order, _, _, renormalize, scaling_factor = inputs
         _, indices = output
         ctx.options = score, order, renormalize, scaling_factor
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(logits, indices)
 
@@ -206,11 +207,6 @@ def _check_rows(op: str, arg: str, t: Tensor, letters: str) -> None:
         checks.reject(op, arg, f"have shape {letters}", checks.shape(t))
     if t.shape[1] < 1:
         checks.reject(op, arg, "have at least 1 column", checks.shape(t))
-
-
-def _check_choice(op: str, arg: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        checks.reject(op, arg, f"be one of {', '.join(map(repr, choices))}", repr(value))
 
 
 def _between(op: str, arg: str, value: object, least: int, most: int, why: str = "") -> int:
@@ -310,8 +306,8 @@ def moe_route(
     num_experts = logits.shape[1]
     if num_experts > MAX_EXPERTS:
         checks.reject(op, "logits", f"have at most {MAX_EXPERTS} experts", checks.shape(logits))
-    _check_choice(op, "score", score, SCORES)
-    _check_choice(op, "order", order, ORDERS)
+    checks.check_choice(op, "score", score, SCORES)
+    checks.check_choice(op, "order", order, ORDERS)
     if bias is not None:
         checks.check_tensor(op, "bias", bias)
         checks.check_float(op, "bias", bias)

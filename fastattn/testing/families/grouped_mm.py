@@ -52,12 +52,11 @@ def named(job: Job, launched: Any) -> tuple[str, str] | None:
 
 
 def rules(name: str, card: Card) -> list[str]:
-    """No spills; the part's own matrix instruction, and as many such programs as the tile says within its shared memory."""
+    """No spills; the part's own matrix instruction, and TMA loads where the tile says so."""
     kernel, _, part, dtype_class, _, flags = name.split()
     wrong = [f"{card['stack']} bytes of spills where none are allowed"] if card["stack"] > 0 else []
     if not card["config"]:
         return wrong
-    _, size, *_ = name.split()
     if dtype_class == "half":
         instruction = {"sm90": "HGMMA", "sm100": "UTCHMMA"}.get(part, "HMMA") if flags != "few" else "HMMA"
         if card["mma"].get(instruction, 0) == 0:

@@ -10,7 +10,7 @@ import torch
 from fastattn.kernels.grouped_tiles import FEW, SHALLOW, SOME
 from fastattn.kernels.moe import moe_bwd, moe_fwd
 
-from . import Card, Family, Job, grouped_mm
+from . import Family, Job, grouped_mm
 
 LAUNCHERS = {"moe_fwd": moe_fwd, "moe_bwd": moe_bwd}
 TOP_K, EXPERTS = 2, 8
@@ -53,10 +53,6 @@ def named(job: Job, launched: Any) -> tuple[str, str] | None:
     return " ".join([kernel, *str(job).split()]), kernel.removesuffix("_up").removesuffix("_down") if "weight" in kernel else kernel
 
 
-def rules(name: str, card: Card) -> list[str]:
-    return grouped_mm.rules(name, card)
-
-
 FAMILY = Family(
     launchers=LAUNCHERS,
     launch=launch,
@@ -64,7 +60,7 @@ FAMILY = Family(
     flags={"moe_fwd": tuple(ROWS), "moe_bwd": ("plain", "all")},
     tiles=tiles,
     named=named,
-    rules=rules,
+    rules=grouped_mm.rules,
     is_sampled=lambda job: job.part == "sm90" and job.dtype_class == "half" and job.flags in ("plain", "few"),
     dtype_classes=lambda flags: ("half", "single") if flags in ("plain", "all", "few") else ("half",),
 )
