@@ -149,6 +149,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--compare", action="store_true", help="train with the reference loop too, and compare the losses")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error("--steps must be 1 or more")
     if options.compare:
         compare(options.steps, options.device)
     else:

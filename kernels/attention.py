@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .blocks import sequence, visible, visible_blocks
-from .launch import check_grid, interpreted, launch, target_of, tma_compatible
+from .launch import check_grid, interpreted, launch, precision_of, target_of, tma_compatible
 from .primitives import (
     LN2,
     LOG2E,
@@ -302,7 +302,7 @@ class Problem:
             # scale·max(x) = max(scale·x) needs a positive scale, and folding it past the maximum needs scores that
             # nothing else changes
             FOLD_SCALE=softmax_scale > 0.0 and softcap == 0.0 and slopes is None and attn_bias is None,
-            PRECISION=_precision(q.dtype),
+            PRECISION=precision_of(q.dtype),
             BLOCK_D=max(16, triton.next_power_of_2(self.head_dim)),
             BLOCK_DV=max(16, triton.next_power_of_2(self.head_dim_v)),
         )
@@ -325,17 +325,6 @@ class Problem:
         if self.packed:
             return torch.full(shape, fill, dtype=dtype, device=like.device)
         return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied, as torch would on this GPU; 16-bit inputs have one way. torch refuses its older question to those
-    who have answered the newer one."""
-    if dtype != torch.float32:
-        return "ieee"
-    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
-    if newer == "none":
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return "tf32" if newer == "tf32" else "ieee"
 
 
 def _broadcast_strides(t: torch.Tensor) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ The gradient of x is the same product with w the other way round; that of w[e] i
 dw[e] = Σ_r dy[r]ᵀ·x[r].
 
 How many tiles a group has, only the GPU knows. Programs stay, as many as the part has room for, and walk through tiles in one numbering:
-each looks at all groups' ends together to find its next tile (`schedule`, `find_tile`), so that nothing waits for a count, no table
+each looks at how many tiles all groups have to find its next one (`schedule`, `find_tile`), so that nothing waits for a count, no table
 is written and no program starts in vain. Within a group GROUP_M tiles of rows go through the columns side by side, then the next ones: the
 matrix's part that a wave of programs reads, and the rows', stay in the L2 cache. The rows in no group are written with
 zeros, by all programs after their last tile.
@@ -23,9 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _precision
 from .grouped_tiles import GroupedConfig, pick_grouped_config
-from .launch import check_grid, interpreted, launch, num_multiprocessors, target_of
+from .launch import check_grid, interpreted, launch, num_multiprocessors, precision_of, target_of
 from .primitives import cast, dot
 from .rows import vector_of, with_contiguous_rows
 
@@ -52,34 +51,43 @@ def ordered_ends(offsets_ptr, num_rows, NUM_GROUPS: tl.constexpr, GROUPS: tl.con
 
 
 @triton.jit
-def schedule(offsets_ptr, num_rows, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(start, end, last), each (GROUPS,): a group's rows [start, end), and how many tiles it and those before it have."""
-    group = tl.arange(0, GROUPS)
-    end = ordered_ends(offsets_ptr, num_rows, NUM_GROUPS, GROUPS)
-    before = tl.load(offsets_ptr + group - 1, mask=(group > 0) & (group <= NUM_GROUPS), other=0)
-    start = tl.associative_scan(tl.minimum(tl.maximum(before, 0), num_rows), 0, larger)
-    return start, end, tl.cumsum((end - start + (BLOCK_M - 1)) // BLOCK_M, 0)
+def rows_of_group(offsets_ptr, group, num_rows, GROUPS: tl.constexpr):
+    """(start, end) of one group's rows, the ends in order."""
+    other = tl.arange(0, GROUPS)
+    ends = tl.load(offsets_ptr + other, mask=other <= group, other=0)
+    start = tl.max(tl.where(other < group, ends, 0), 0)
+    return tl.minimum(start, num_rows), tl.minimum(tl.maximum(tl.max(ends, 0), 0), num_rows)
 
 
 @triton.jit
-def find_tile(index, start, end, last, NUM_BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr):
+def schedule(offsets_ptr, num_rows, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(last, end): (GROUPS,) how many tiles a group and those before it have, and where the last group ends."""
+    group = tl.arange(0, GROUPS)
+    ends = ordered_ends(offsets_ptr, num_rows, NUM_GROUPS, GROUPS)
+    before = tl.load(offsets_ptr + group - 1, mask=(group > 0) & (group <= NUM_GROUPS), other=0)
+    starts = tl.associative_scan(tl.minimum(tl.maximum(before, 0), num_rows), 0, larger)
+    return tl.cumsum((ends - starts + (BLOCK_M - 1)) // BLOCK_M, 0), tl.max(ends, 0)
+
+
+@triton.jit
+def find_tile(
+    index, offsets_ptr, last, num_rows, NUM_BLOCKS: tl.constexpr, GROUPS: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """(group, row, end, block) of tile `index`, of which each group has NUM_BLOCKS a tile of rows: rows row, …, end − 1, at most
     BLOCK_M of them, and a block of columns.
 
-    All three sequences never decrease, so that the first group with tiles left is where each is least.
+    `last` never decreases, so that the first group with tiles left is where it is least. A group's ends are read once more: kept from one
+    tile to the next, those of all groups would take registers from the product.
     """
     NEVER: tl.constexpr = 2147483647
     done = last * NUM_BLOCKS <= index
     group = tl.min(tl.where(done, NEVER, tl.arange(0, GROUPS)), 0)
-    first = tl.max(tl.where(done, last, 0), 0)
-    tiles = tl.min(tl.where(done, NEVER, last), 0) - first
-    row = tl.min(tl.where(done, NEVER, start), 0)
-    end = tl.min(tl.where(done, NEVER, end), 0)
-    local = index - first * NUM_BLOCKS
+    start, end = rows_of_group(offsets_ptr, group, num_rows, GROUPS)
+    local = index - tl.max(tl.where(done, last, 0), 0) * NUM_BLOCKS
     first = local // (GROUP_M * NUM_BLOCKS) * GROUP_M
     local = local % (GROUP_M * NUM_BLOCKS)
-    abreast = tl.minimum(tiles - first, GROUP_M)
-    return group, row + (first + local % abreast) * BLOCK_M, end, local // abreast
+    abreast = tl.minimum((end - start + (BLOCK_M - 1)) // BLOCK_M - first, GROUP_M)
+    return group, start + (first + local % abreast) * BLOCK_M, end, local // abreast
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -108,11 +116,11 @@ def columns(block, N: tl.constexpr, HALVES: tl.constexpr, BLOCK_N: tl.constexpr)
 
 @triton.jit
 def rows_source(
-    x_ptr, gather_ptr, ends, stride_x, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr
+    x_ptr, gather_ptr, end, stride_x, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr
 ):
-    """Where `product` reads a tile's rows: if none are gathered a descriptor of the matrix, up to the last group's end, or the pointer."""
+    """Where `product` reads a tile's rows: if none are gathered a descriptor of the matrix up to the last group's end, or the pointer."""
     if USE_TMA and gather_ptr is None:
-        return tl.make_tensor_descriptor(x_ptr, [tl.maximum(tl.max(ends, 0), 1), K], [stride_x, 1], [BLOCK_M, BLOCK_K])
+        return tl.make_tensor_descriptor(x_ptr, [tl.maximum(end, 1), K], [stride_x, 1], [BLOCK_M, BLOCK_K])
     else:
         return x_ptr
 
@@ -203,11 +211,11 @@ def _grouped_mm_kernel(
 ):  # fmt: skip
     """out[scatter[r]] = x[gather[r] // DIVISOR]·w[e]ᵀ + bias[e]; with TAIL, 0 for the rows in no group."""
     NUM_BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    start, ends, last = schedule(offsets_ptr, num_rows, NUM_GROUPS, GROUPS, BLOCK_M)
-    x_source = rows_source(x_ptr, gather_ptr, ends, stride_x, K, BLOCK_M, BLOCK_K, USE_TMA)
+    last, last_end = schedule(offsets_ptr, num_rows, NUM_GROUPS, GROUPS, BLOCK_M)
+    x_source = rows_source(x_ptr, gather_ptr, last_end, stride_x, K, BLOCK_M, BLOCK_K, USE_TMA)
     w_source = matrices_source(w_ptr, stride_we, stride_wh, stride_w, N, K, NUM_GROUPS, 1, N_MAJOR, BLOCK_N, BLOCK_K, USE_TMA)
     for index in range(tl.program_id(0), tl.max(last, 0) * NUM_BLOCKS, tl.num_programs(0)):
-        group, row, end, block = find_tile(index, start, ends, last, NUM_BLOCKS, GROUPS, GROUP_M, BLOCK_M)
+        group, row, end, block = find_tile(index, offsets_ptr, last, num_rows, NUM_BLOCKS, GROUPS, GROUP_M, BLOCK_M)
         acc = product(
             x_source, w_source, gather_ptr, row, end, num_x_rows, group, block, stride_x, stride_we, stride_wh, stride_w, N, K, 1,
             N_MAJOR, DIVISOR, VECTOR_X, VECTOR_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
@@ -216,7 +224,7 @@ def _grouped_mm_kernel(
         acc = add_bias(acc, bias_ptr, group, column, column < N, N)
         store_rows(acc, out_ptr, scatter_ptr, row, end, num_rows, column, N, BLOCK_M)
     if TAIL:
-        for row in range(tl.max(ends, 0) + tl.program_id(0) * BLOCK_M, num_rows, tl.num_programs(0) * BLOCK_M):
+        for row in range(last_end + tl.program_id(0) * BLOCK_M, num_rows, tl.num_programs(0) * BLOCK_M):
             for block in range(NUM_BLOCKS):
                 column, _, _ = columns(block, N, 1, BLOCK_N)
                 zero = tl.zeros((BLOCK_M, BLOCK_N), out_ptr.dtype.element_ty)
@@ -225,15 +233,6 @@ def _grouped_mm_kernel(
 
 # --------------------------------------------------------------------------------------------------------------------
 # Gradients of matrices and biases, and of gathered rows.
-
-
-@triton.jit
-def rows_of_group(offsets_ptr, group, num_rows, GROUPS: tl.constexpr):
-    """(start, end) of one group's rows, the ends in order."""
-    other = tl.arange(0, GROUPS)
-    ends = tl.load(offsets_ptr + other, mask=other <= group, other=0)
-    start = tl.max(tl.where(other < group, ends, 0), 0)
-    return tl.minimum(start, num_rows), tl.minimum(tl.maximum(tl.max(ends, 0), 0), num_rows)
 
 
 @triton.jit
@@ -338,8 +337,8 @@ class Matrices:
         self.stride_half = self.num_cols * w.stride(1)
         strides, aligned = (w.stride(0), self.stride, self.stride_half), w.data_ptr() % 16 == 0
         self.vector = math.gcd(8, *strides) if aligned else 1
-        # TMA: starts on 16 bytes, and every stride a positive multiple of them.
-        self.tma = aligned and all(stride > 0 and stride * w.element_size() % 16 == 0 for stride in strides)
+        # As TMA wants it: starts on 16 bytes, and every stride a positive multiple of them.
+        self.aligned = aligned and all(stride > 0 and stride * w.element_size() % 16 == 0 for stride in strides)
 
     def args(self) -> dict:
         return dict(
@@ -348,8 +347,8 @@ class Matrices:
         )  # fmt: skip
 
 
-def matrix_tma(t: torch.Tensor) -> bool:
-    """Whether a TMA descriptor can be made of a matrix with contiguous rows."""
+def rows_aligned(t: torch.Tensor) -> bool:
+    """The same of a matrix with contiguous rows."""
     return t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0
 
 
@@ -371,8 +370,8 @@ def grid_of(op: str, num_rows: int, num_groups: int, num_blocks: int, config: Gr
     return (min(tiles * num_blocks, num_multiprocessors(device) * config.resident),)
 
 
-def config_of(kernel: str, t: torch.Tensor, num_rows: int, num_groups: int, inner: int) -> GroupedConfig:
-    config = pick_grouped_config(kernel, *target_of(t), t.element_size(), num_rows / num_groups, inner)
+def config_of(kernel: str, t: torch.Tensor, num_rows: int, num_groups: int, inner: int, aligned: bool) -> GroupedConfig:
+    config = pick_grouped_config(kernel, *target_of(t), t.element_size(), num_rows / num_groups, inner, aligned)
     if interpreted():  # it pays by the operation and by the element, and small matrices have several tiles this way
         limits = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}
         config = replace(config, **{name: min(limit, getattr(config, name)) for name, limit in limits.items()})
@@ -386,15 +385,16 @@ def launch_product(
 ) -> None:  # fmt: skip
     """Launch the product of num_rows rows into out, contiguous."""
     x = with_contiguous_rows(x)
-    config = config or config_of("product", x, num_rows, w.num_groups, w.size)
+    aligned = w.aligned and (gather is not None or rows_aligned(x))
+    config = config or config_of("product", x, num_rows, w.num_groups, w.size, aligned)
     log.debug("%s: %s", op, config)
     launch(
         _grouped_mm_kernel,
         grid_of(op, num_rows, w.num_groups, triton.cdiv(w.num_cols, config.BLOCK_N), config, x.device), x.device,
         x_ptr=x, bias_ptr=None if bias is None else bias.contiguous(), offsets_ptr=offsets.contiguous(), gather_ptr=gather,
         scatter_ptr=scatter, out_ptr=out, num_rows=num_rows, num_x_rows=x.shape[0], stride_x=x.stride(0), **w.args(),
-        GROUPS=num_lanes(w.num_groups), TAIL=tail, DIVISOR=divisor, VECTOR_X=vector_of(x), PRECISION=_precision(x.dtype),
-        USE_TMA=config.tma and w.tma and (gather is not None or matrix_tma(x)), **config.meta(),
+        GROUPS=num_lanes(w.num_groups), TAIL=tail, DIVISOR=divisor, VECTOR_X=vector_of(x), PRECISION=precision_of(x.dtype),
+        USE_TMA=config.tma and aligned, **config.meta(),
     )  # fmt: skip
 
 
@@ -408,16 +408,16 @@ def launch_weight(
     num_groups, num_m, num_n = out.shape
     a, b = with_contiguous_rows(a), with_contiguous_rows(b)
     gathered = a_numbers is not None or b_numbers is not None
-    config = config or config_of("weight_gathered" if gathered else "weight", a, num_rows, num_groups, num_rows)
+    aligned = all(numbers is not None or rows_aligned(t) for t, numbers in ((a, a_numbers), (b, b_numbers)))
+    config = config or config_of("weight_gathered" if gathered else "weight", a, num_rows, num_groups, num_rows, aligned)
     log.debug("%s: %s", op, config)
-    tma = all(numbers is not None or matrix_tma(t) for t, numbers in ((a, a_numbers), (b, b_numbers)))
     launch(
         _grouped_mm_weight_kernel,
         check_grid(op, num_groups * triton.cdiv(num_m, config.BLOCK_M) * triton.cdiv(num_n, config.BLOCK_N)), a.device,
         a_ptr=a, b_ptr=b, offsets_ptr=offsets.contiguous(), a_numbers_ptr=a_numbers, b_numbers_ptr=b_numbers, out_ptr=out,
         num_rows=num_rows, num_a_rows=a.shape[0], num_b_rows=b.shape[0], stride_a=a.stride(0), stride_b=b.stride(0), N=num_m, K=num_n,
         GROUPS=num_lanes(num_groups), A_DIVISOR=a_divisor, B_DIVISOR=b_divisor, VECTOR_A=vector_of(a), VECTOR_B=vector_of(b),
-        PRECISION=_precision(a.dtype), USE_TMA=config.tma and tma, **config.meta(),
+        PRECISION=precision_of(a.dtype), USE_TMA=config.tma and aligned, **config.meta(),
     )  # fmt: skip
 
 
@@ -456,25 +456,28 @@ def grouped_mm_fwd(
 
 
 def grouped_mm_bwd(
-    dout: torch.Tensor, x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, gather: torch.Tensor | None,
-    scatter: torch.Tensor | None, wanted: list[bool], config: GroupedConfig | None = None,
+    dout: torch.Tensor, x: torch.Tensor | None, w: torch.Tensor | None, offsets: torch.Tensor, gather: torch.Tensor | None,
+    scatter: torch.Tensor | None, num_x_rows: int, wanted: list[bool], config: GroupedConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Launch the gradients' kernels. dout is (R, N), of any strides. Returns dx, dw and dbias, contiguous, empty where not wanted."""
+    """Launch the gradients' kernels. dout is (R, N), of any strides; x may be None where dw is not wanted, w where dx is not. Returns dx,
+    dw and dbias, contiguous, empty where not wanted. config is that of dx's product."""
     op, (want_x, want_w, want_bias) = "grouped_mm", wanted
     gather, scatter = (None if t is None else t.contiguous() for t in (gather, scatter))
     dout = with_contiguous_rows(dout)
-    num_rows, shapes = dout.shape[0], (x.shape, w.shape, w.shape[:2])
-    dx, dw, dbias = (
-        torch.empty(shape if want else 0, dtype=x.dtype, device=x.device) for shape, want in zip(shapes, wanted, strict=True)
-    )
+    num_rows, num_groups, num_cols = dout.shape[0], offsets.shape[0], dout.shape[1]
+    dx = dw = dbias = dout.new_empty(0)
     if want_x:
-        rows = dx if gather is None else torch.empty(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
+        rows = dx = dout.new_empty(num_x_rows, w.shape[2])
+        if gather is not None:
+            rows = dout.new_empty(num_rows, w.shape[2])
         launch_product(op, dout, Matrices(w.transpose(1, 2)), None, offsets, rows, num_rows=num_rows, gather=scatter, config=config)
         if gather is not None:
             _sum_gathered(rows, gather, dx)
     if want_w:
+        dw = dout.new_empty(num_groups, num_cols, x.shape[1])
         launch_weight(op, dout, x, offsets, dw, num_rows=num_rows, a_numbers=scatter, b_numbers=gather)
     if want_bias:
+        dbias = dout.new_empty(num_groups, num_cols)
         launch_sum(op, dout, offsets, dbias, num_rows=num_rows, numbers=scatter)
     return dx, dw, dbias
 

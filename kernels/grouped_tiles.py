@@ -59,7 +59,8 @@ def _rows(kernels: str, parts: str, dtype_class: str, rows: int, *tile: int, inn
 # fmt: off
 # static, all of it. L2 feeds a multiprocessor some 32 bytes a cycle: a 128×256 tile wants 49 of its share, a 128×128 one 65.
 GROUPED_TILES: dict[Key, GroupedConfig] = {
-    **_rows("product gated", "sm80 sm120", "half", FEW, 16, 128, 64, 4, 4, 2),
+    **_rows("product gated", "sm80", "half", FEW, 16, 128, 64, 4, 4, 2),
+    **_rows("product gated", "sm120", "half", FEW, 16, 128, 64, 4, 3, 2),
     **_rows("product gated", "sm90 sm100", "half", FEW, 16, 128, 64, 4, 4, 4, tma=True),
     **_rows("product gated", "sm80 sm120", "half", SOME, 64, 128, 32, 4, 4, 2),
     **_rows("product gated", "sm90 sm100", "half", SOME, 64, 128, 64, 4, 3, 3, tma=True),
@@ -69,7 +70,8 @@ GROUPED_TILES: dict[Key, GroupedConfig] = {
     **_rows("product gated", "sm90", "half", MANY, 128, 256, 64, 8, 4, 1, inner=(DEEP,), tma=True),
     **_rows("product", "sm100", "half", MANY, 128, 256, 64, 8, 4, 1, tma=True),
     **_rows("gated", "sm100", "half", MANY, 128, 128, 64, 8, 4, 1, tma=True),
-    **_rows("gated_bwd gated_bwd_interleaved", "sm80 sm120", "half", MANY, 128, 64, 32, 8, 4, 1),
+    **_rows("gated_bwd gated_bwd_interleaved", "sm80", "half", MANY, 128, 64, 32, 8, 4, 1),
+    **_rows("gated_bwd gated_bwd_interleaved", "sm120", "half", MANY, 128, 64, 32, 8, 5, 1),
     **_rows("gated_bwd", "sm90 sm100", "half", MANY, 128, 256, 64, 8, 4, 1, tma=True),
     **_rows("gated_bwd_interleaved", "sm90 sm100", "half", MANY, 128, 128, 64, 8, 4, 1, tma=True),
     **_rows("weight", "sm80 sm120", "half", MANY, 128, 128, 32, 8, 4, 1),
@@ -88,9 +90,13 @@ GROUPED_TILES: dict[Key, GroupedConfig] = {
 
 
 def pick_grouped_config(
-    kernel: str, capability: tuple[int, int], shared_memory: int, itemsize: int, rows_a_group: float, inner: int
+    kernel: str, capability: tuple[int, int], shared_memory: int, itemsize: int, rows_a_group: float, inner: int, aligned: bool = True
 ) -> GroupedConfig:
-    """The tile of one launch: `rows_a_group` on the average, `inner` the size of the dim that is summed over. Pure: no GPU needed."""
+    """The tile of one launch: `rows_a_group` on the average, `inner` the size of the dim that is summed over. Pure: no GPU needed.
+
+    aligned: whether rows start on 16 bytes, of matrices and of what is not gathered. If not, elements are loaded one by one, through
+    registers, of which 16-bit ones take as many as float32: they have its tiles.
+    """
     rows = MANY if kernel not in ("product", "gated") else next(limit for limit in (FEW, SOME, MANY) if rows_a_group <= limit)
-    dtype_class = "half" if itemsize == 2 else "single"
+    dtype_class = "half" if itemsize == 2 and aligned else "single"
     return GROUPED_TILES[kernel, part_of(capability, shared_memory), dtype_class, rows, SHALLOW if inner <= SHALLOW else DEEP]

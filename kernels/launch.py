@@ -50,6 +50,17 @@ def _device_multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """How float32 is multiplied, as torch would on this GPU; 16-bit inputs have one way. torch refuses its older question to those
+    who have answered the newer one."""
+    if dtype != torch.float32:
+        return "ieee"
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if newer == "none":
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if newer == "tf32" else "ieee"
+
+
 def tma_compatible(tensor: torch.Tensor) -> bool:
     """True where a TMA descriptor can be made over (heads, rows, cols) of a (…, rows, heads, cols) tensor from any
     row of any batch: 16-byte aligned starts, strides of rows and heads that are positive multiples of 16 bytes,
@@ -105,6 +116,7 @@ def _launch(kernel, grid, device, args) -> None:
 # The compiled variant of each kind of call. Triton finds it anew at every call, in 15 µs; with the kind told apart here, in terms
 # that are at least as fine as Triton's own, a launch takes half as long.
 _variants: dict[tuple, Any] = {}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of the compiler, as launchers give them
 _parameters: dict[int, tuple[Any, list[tuple[str, bool]]]] = {}  # by a kernel's id: itself, and each name and whether it is constexpr
 
 
@@ -117,7 +129,7 @@ def _run(kernel, grid, args) -> None:
     values = [args[name] for name, _ in parameters]
     knobs = triton.knobs
     kind = (
-        id(kernel), device, knobs.runtime.debug, knobs.compilation.instrumentation_mode, args.get("num_warps"), args.get("num_stages"),
+        id(kernel), device, knobs.runtime.debug, knobs.compilation.instrumentation_mode, *[args.get(name) for name in OPTIONS],
         *[value if is_constexpr else _kind(value) for value, (_, is_constexpr) in zip(values, parameters, strict=True)],
     )  # fmt: skip
     variant = _variants.get(kind)

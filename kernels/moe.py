@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _precision
 from .glu import activation as activation_of
 from .glu import logistic
 from .grouped_mm import (
@@ -45,7 +44,7 @@ from .grouped_mm import (
     schedule,
 )
 from .grouped_tiles import GroupedConfig
-from .launch import launch
+from .launch import check_grid, launch, precision_of
 from .moe_routing import moe_combine_fwd
 from .primitives import cast
 from .rows import vector_of, with_contiguous_rows
@@ -90,11 +89,11 @@ def _moe_up_kernel(
     """
     NUM_BLOCKS: tl.constexpr = (N * HALVES + BLOCK_N - 1) // BLOCK_N
     NUM_COLS: tl.constexpr = N * HALVES
-    start, ends, last = schedule(offsets_ptr, num_rows, NUM_GROUPS, GROUPS, BLOCK_M)
-    x_source = rows_source(x_ptr, order_ptr, ends, stride_x, K, BLOCK_M, BLOCK_K, USE_TMA)
+    last, last_end = schedule(offsets_ptr, num_rows, NUM_GROUPS, GROUPS, BLOCK_M)
+    x_source = rows_source(x_ptr, order_ptr, last_end, stride_x, K, BLOCK_M, BLOCK_K, USE_TMA)
     w_source = matrices_source(w_ptr, stride_we, stride_wh, stride_w, N, K, NUM_GROUPS, HALVES, N_MAJOR, BLOCK_N, BLOCK_K, USE_TMA)
     for index in range(tl.program_id(0), tl.max(last, 0) * NUM_BLOCKS, tl.num_programs(0)):
-        group, row, end, block = find_tile(index, start, ends, last, NUM_BLOCKS, GROUPS, GROUP_M, BLOCK_M)
+        group, row, end, block = find_tile(index, offsets_ptr, last, num_rows, NUM_BLOCKS, GROUPS, GROUP_M, BLOCK_M)
         acc = product(
             x_source, w_source, order_ptr, row, end, num_x_rows, group, block, stride_x, stride_we, stride_wh, stride_w, N, K, HALVES,
             N_MAJOR, DIVISOR, VECTOR_X, VECTOR_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
@@ -145,14 +144,16 @@ def gated_backward(
         a, by_gate, by_up = gated(gate.to(tl.float32), up.to(tl.float32), ACTIVATION)
         dot += tl.sum(tl.where(mask, da * a, 0.0), 1)
         da = da * weight[:, None]
-        dgate, dup = cast(da * by_gate, dpre_ptr.dtype.element_ty), cast(da * by_up, dpre_ptr.dtype.element_ty)
-        if INTERLEAVED:
-            tl.store(dpre_ptr + at, tl.reshape(tl.join(dgate, dup), (BLOCK_M, 2 * BLOCK)), mask=mask_both)
-        else:
-            tl.store(dpre_ptr + at, dgate, mask=mask)
-            tl.store(dpre_ptr + N + at, dup, mask=mask)
-        target = out_ptr + (rows.to(tl.int64) * N)[:, None] + n[None, :]
-        tl.store(target, cast(a * weight[:, None], out_ptr.dtype.element_ty), mask=mask)
+        if dpre_ptr is not None:
+            dgate, dup = cast(da * by_gate, dpre_ptr.dtype.element_ty), cast(da * by_up, dpre_ptr.dtype.element_ty)
+            if INTERLEAVED:
+                tl.store(dpre_ptr + at, tl.reshape(tl.join(dgate, dup), (BLOCK_M, 2 * BLOCK)), mask=mask_both)
+            else:
+                tl.store(dpre_ptr + at, dgate, mask=mask)
+                tl.store(dpre_ptr + N + at, dup, mask=mask)
+        if out_ptr is not None:
+            target = out_ptr + (rows.to(tl.int64) * N)[:, None] + n[None, :]
+            tl.store(target, cast(a * weight[:, None], out_ptr.dtype.element_ty), mask=mask)
         return dot
 
 
@@ -166,14 +167,15 @@ def _moe_down_bwd_kernel(
 ):  # fmt: skip
     """da′[r] = x[order[r] // DIVISOR]·w[e]ᵀ, x being dout and w downᵀ; in the epilogue, a few columns after the other, so
     that little of all that it needs is in registers at a time, dpre[r] and a′[r] = out[r]. dots[s, block] is ⟨da′, a⟩ of a block's columns.
+    What of the three is None is not wanted.
     """
     NUM_BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = 16 if INTERLEAVED else 32
-    start, ends, last = schedule(offsets_ptr, num_rows, NUM_GROUPS, GROUPS, BLOCK_M)
-    x_source = rows_source(x_ptr, order_ptr, ends, stride_x, K, BLOCK_M, BLOCK_K, USE_TMA)
+    last, last_end = schedule(offsets_ptr, num_rows, NUM_GROUPS, GROUPS, BLOCK_M)
+    x_source = rows_source(x_ptr, order_ptr, last_end, stride_x, K, BLOCK_M, BLOCK_K, USE_TMA)
     w_source = matrices_source(w_ptr, stride_we, stride_wh, stride_w, N, K, NUM_GROUPS, 1, N_MAJOR, BLOCK_N, BLOCK_K, USE_TMA)
     for index in range(tl.program_id(0), tl.max(last, 0) * NUM_BLOCKS, tl.num_programs(0)):
-        group, row, end, block = find_tile(index, start, ends, last, NUM_BLOCKS, GROUPS, GROUP_M, BLOCK_M)
+        group, row, end, block = find_tile(index, offsets_ptr, last, num_rows, NUM_BLOCKS, GROUPS, GROUP_M, BLOCK_M)
         acc = product(
             x_source, w_source, order_ptr, row, end, num_x_rows, group, block, stride_x, stride_we, stride_wh, stride_w, N, K, 1, N_MAJOR,
             DIVISOR, VECTOR_X, VECTOR_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA,
@@ -185,7 +187,8 @@ def _moe_down_bwd_kernel(
         dot = gated_backward(
             acc, dot, pre_ptr, dpre_ptr, out_ptr, rows, end, weight, block * BLOCK_N, N, INTERLEAVED, ACTIVATION, BLOCK_M, BLOCK_N, WIDTH
         )
-        tl.store(dots_ptr + slot * NUM_DOTS + block, dot, mask=exists)
+        if dots_ptr is not None:
+            tl.store(dots_ptr + slot * NUM_DOTS + block, dot, mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_x_rows", "num_slots", "stride_x"])
@@ -228,14 +231,14 @@ def moe_fwd(
     transposed: bool, keep: bool, config: GroupedConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Launch the two products and the sum. x (T, H) and weights (T, K) fp32, of any strides. Returns out (T, H) and z (T·K, 2·I),
-    contiguous, z empty unless it is to be kept."""
+    contiguous, z empty unless it is to be kept. config is that of the first product."""
     op, num_rows, top_k = "moe", order.shape[0], weights.shape[1]
     x, order, offsets = with_contiguous_rows(x), order.contiguous(), offsets.contiguous()
     up = Matrices(_upright(gate_up_proj, transposed), halves=2 if layout == "concatenated" else 1)
     down = Matrices(_upright(down_proj, transposed))
     pre = torch.empty(num_rows if keep else 0, up.num_cols * up.halves, dtype=x.dtype, device=x.device)
     a = torch.empty(num_rows, down.size, dtype=x.dtype, device=x.device)
-    tile = config or config_of("gated", x, num_rows, up.num_groups, up.size)
+    tile = config or config_of("gated", x, num_rows, up.num_groups, up.size, up.aligned)
     log.debug("%s: %s", op, tile)
     launch(
         _moe_up_kernel,
@@ -243,7 +246,7 @@ def moe_fwd(
         x_ptr=x, bias_ptr=None if gate_up_bias is None else gate_up_bias.contiguous(), offsets_ptr=offsets, order_ptr=order,
         pre_ptr=pre if keep else None, out_ptr=a, num_rows=num_rows, num_x_rows=x.shape[0], stride_x=x.stride(0), **up.args(),
         HALVES=up.halves, GROUPS=num_lanes(up.num_groups), DIVISOR=top_k, ACTIVATION=ACTIVATIONS[activation], VECTOR_X=vector_of(x),
-        PRECISION=_precision(x.dtype), USE_TMA=tile.tma and up.tma, **tile.meta(),
+        PRECISION=precision_of(x.dtype), USE_TMA=tile.tma and up.aligned, **tile.meta(),
     )  # fmt: skip
     y = torch.empty(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
     launch_product(op, a, down, down_bias, offsets, y, num_rows=num_rows, tail=False)
@@ -256,21 +259,22 @@ def moe_bwd(
     pre: torch.Tensor, activation: str, layout: str, transposed: bool, wanted: list[bool], config: GroupedConfig | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Launch the gradients' kernels. dout is (T, H), of any strides. Returns dx, dweights (fp32), dgate_up_proj, ddown_proj, dgate_up_bias
-    and ddown_bias, contiguous, empty where not wanted."""
+    and ddown_bias, contiguous, empty where not wanted. config is that of the first kernel."""
     op, num_rows, top_k = "moe", order.shape[0], weights.shape[1]
     want_x, want_weights, want_gate_up, want_down, want_gate_up_bias, want_down_bias = wanted
-    dout, x, order, offsets = with_contiguous_rows(dout), with_contiguous_rows(x), order.contiguous(), offsets.contiguous()
-    weights = weights.contiguous()
-    dx, dweights = x.new_empty(0), weights.new_empty(0)
+    dout, order, offsets, weights = with_contiguous_rows(dout), order.contiguous(), offsets.contiguous(), weights.contiguous()
+    dx, dweights = dout.new_empty(0), weights.new_empty(0)
     dgate_up, ddown, dgate_up_bias, ddown_bias = (
-        torch.empty(0 if t is None or not want else t.shape, dtype=x.dtype, device=x.device)
+        dout.new_empty(0 if t is None or not want else t.shape)
         for t, want in zip((gate_up_proj, down_proj, gate_up_bias, down_bias), wanted[2:], strict=True)
     )
     dpre = a = None
-    if want_x or want_weights or want_gate_up or want_down or want_gate_up_bias:
+    want_dpre = want_x or want_gate_up or want_gate_up_bias
+    if want_dpre or want_weights or want_down:
         dpre, a, dweights = _down_bwd(
-            dout, order, offsets, weights, down_proj, down_bias, pre, activation, layout, transposed, want_weights, config
-        )
+            dout, order, offsets, weights, down_proj, down_bias, pre, activation, layout, transposed, want_dpre, want_down, want_weights,
+            config,
+        )  # fmt: skip
     if want_down:
         _launch_weight(op, (dout, order, top_k), (a, None, 1), offsets, ddown, transposed, num_rows)
     del a
@@ -279,9 +283,9 @@ def moe_bwd(
     if want_gate_up_bias and gate_up_bias is not None:
         launch_sum(op, dpre, offsets, dgate_up_bias, num_rows=num_rows)
     if want_gate_up:
-        _launch_weight(op, (dpre, None, 1), (x, order, top_k), offsets, dgate_up, transposed, num_rows)
+        _launch_weight(op, (dpre, None, 1), (with_contiguous_rows(x), order, top_k), offsets, dgate_up, transposed, num_rows)
     if want_x:
-        rows = torch.empty(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
+        rows = dout.new_empty(num_rows, dout.shape[1])
         matrices = Matrices(_upright(gate_up_proj, transposed).transpose(1, 2))
         launch_product(op, dpre, matrices, None, offsets, rows, num_rows=num_rows, tail=False)
         del dpre
@@ -291,19 +295,20 @@ def moe_bwd(
 
 def _down_bwd(
     dout: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor, down_proj: torch.Tensor,
-    down_bias: torch.Tensor | None, pre: torch.Tensor, activation: str, layout: str, transposed: bool, want_weights: bool,
-    config: GroupedConfig | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dz (T·K, 2·I), a′ (T·K, I), dweights (T, K) fp32; empty if not wanted)."""
+    down_bias: torch.Tensor | None, pre: torch.Tensor, activation: str, layout: str, transposed: bool, want_dpre: bool, want_a: bool,
+    want_weights: bool, config: GroupedConfig | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:  # fmt: skip
+    """(dz (T·K, 2·I), a′ (T·K, I), dweights (T, K) fp32): None, None and empty where not wanted."""
     op, num_rows, top_k = "moe", order.shape[0], weights.shape[1]
     down = Matrices(_upright(down_proj, transposed).transpose(1, 2))
     kernel = "gated_bwd_interleaved" if layout == "interleaved" else "gated_bwd"
-    tile = config or config_of(kernel, dout, num_rows, down.num_groups, down.size)
+    tile = config or config_of(kernel, dout, num_rows, down.num_groups, down.size, down.aligned)
     log.debug("%s: %s", op, tile)
     num_blocks = triton.cdiv(down.num_cols, tile.BLOCK_N)
-    num_dots = num_blocks + (want_weights and down_bias is not None)
-    dpre, a = torch.empty_like(pre), torch.empty(num_rows, down.num_cols, dtype=pre.dtype, device=pre.device)
-    dots = torch.zeros(weights.numel(), num_dots, dtype=torch.float32, device=pre.device)  # rows of nobody are written by nobody
+    num_dots = num_blocks + (down_bias is not None)
+    dpre = torch.empty_like(pre) if want_dpre else None
+    a = pre.new_empty(num_rows, down.num_cols) if want_a else None
+    dots = weights.new_zeros(weights.numel(), num_dots) if want_weights else None  # rows of nobody are written by nobody
     shared = dict(
         offsets_ptr=offsets, order_ptr=order, num_rows=num_rows, num_x_rows=dout.shape[0], num_slots=weights.numel(),
         stride_x=dout.stride(0), GROUPS=num_lanes(down.num_groups), NUM_DOTS=num_dots, DIVISOR=top_k, VECTOR_X=vector_of(dout),
@@ -311,16 +316,18 @@ def _down_bwd(
     launch(
         _moe_down_bwd_kernel, grid_of(op, num_rows, down.num_groups, num_blocks, tile, dout.device), dout.device,
         x_ptr=dout, weights_ptr=weights, pre_ptr=pre, dpre_ptr=dpre, out_ptr=a, dots_ptr=dots, **shared, **down.args(),
-        INTERLEAVED=layout == "interleaved", ACTIVATION=ACTIVATIONS[activation], PRECISION=_precision(dout.dtype),
-        USE_TMA=tile.tma and down.tma, **tile.meta(),
+        INTERLEAVED=layout == "interleaved", ACTIVATION=ACTIVATIONS[activation], PRECISION=precision_of(dout.dtype),
+        USE_TMA=tile.tma and down.aligned, **tile.meta(),
     )  # fmt: skip
-    if num_dots > num_blocks:
+    if dots is None:
+        return dpre, a, weights.new_empty(0)
+    if down_bias is not None:
         launch(
-            _moe_bias_dot_kernel, (triton.cdiv(num_rows, DOT_ROWS),), dout.device,
+            _moe_bias_dot_kernel, check_grid(op, triton.cdiv(num_rows, DOT_ROWS)), dout.device,
             x_ptr=dout, bias_ptr=down_bias.contiguous(), dots_ptr=dots, **shared, N=dout.shape[1], NUM_GROUPS=down.num_groups,
             ROWS=DOT_ROWS, BLOCK=DOT_BLOCK, num_warps=4,
         )  # fmt: skip
-    return dpre, a, dots.sum(1).view(weights.shape) if want_weights else dots.new_empty(0)
+    return dpre, a, dots.sum(1).view(weights.shape)
 
 
 Side = tuple[torch.Tensor, "torch.Tensor | None", int]  # a matrix, its row numbers, their divisor

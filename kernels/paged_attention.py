@@ -16,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _precision as precision
 from .attention import score
 from .blocks import sequence, visible, visible_blocks
-from .launch import check_grid, interpreted, launch, num_multiprocessors, target_of
+from .launch import check_grid, interpreted, launch, num_multiprocessors, precision_of, target_of
 from .merge_attention import merge_attention_fwd, pick_tile
 from .paged_tiles import LARGEST, PagedConfig, pick_paged_config, pick_splits
 from .primitives import INTERPRETED, LN2, LOG2E, cast, dot
@@ -281,7 +280,7 @@ def paged_attention(
         HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, GROUP_SIZE=group, PAGE_SIZE=0 if one_page else page_size, GATHER=gather,
         E4M3=k_cache.dtype == torch.float8_e4m3fn, NATIVE_E4M3=target.capability >= (8, 9) and not interpreted(),
         HAS_LEFT=window_left is not None, HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap > 0.0,
-        PRECISION=precision(q.dtype), BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        PRECISION=precision_of(q.dtype), BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_DV=max(16, triton.next_power_of_2(head_dim_v)),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -7,6 +7,7 @@ interpreter's process on the kernels, under the bounds and race checker, and in 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -91,8 +92,10 @@ def check_pure(op: Op, tensors: dict[str, Tensor]) -> None:
         assert not t.numel() or t.untyped_storage().data_ptr() not in inputs, f"{name} shares memory with an input"
 
 
-def check_refuses_higher_derivatives(name: str, op: Op, tensors: dict[str, Tensor]) -> None:
-    """A gradient penalty and a JVP raise by name, for each tensor that has a gradient: silence would be a wrong number."""
+def check_transforms(name: str, op: Op, tensors: dict[str, Tensor]) -> None:
+    """Under vmap outputs and gradients are a loop's. A gradient penalty and a JVP raise by name, for each tensor that has a gradient:
+    silence would be a wrong number."""
+    check_vmap(op, tensors)
     floating = [key for key, t in tensors.items() if t.is_floating_point()]
     for key in floating:
         leaves = {k: t.detach().clone().requires_grad_(k == key) if t.is_floating_point() else t for k, t in tensors.items()}
@@ -103,6 +106,22 @@ def check_refuses_higher_derivatives(name: str, op: Op, tensors: dict[str, Tenso
         fixed = {k: t for k, t in tensors.items() if k != key}
         with pytest.raises(NotImplementedError, match=f"fastattn.{name}: forward-mode AD is not supported"):
             torch.func.jvp(lambda t, key=key, fixed=fixed: op(**fixed, **{key: t}), (tensors[key],), (tensors[key],))
+
+
+def check_vmap(op: Op, tensors: dict[str, Tensor]) -> None:
+    """Mapped over all floating tensors, and differentiated outside the map, where nothing within it knows that a gradient is wanted."""
+    batch = {key: torch.stack([t, t.flip(0)]).requires_grad_() for key, t in tensors.items() if t.is_floating_point()}
+    fixed = {key: t for key, t in tensors.items() if key not in batch}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        mapped = outputs(torch.func.vmap(lambda one: op(**fixed, **one))(batch))
+        singly = zip(*(outputs(op(**fixed, **{key: t[i] for key, t in batch.items()})) for i in range(2)), strict=True)
+        looped = [torch.stack(outs) for outs in singly]
+        learnt = [i for i, out in enumerate(looped) if out.requires_grad]
+        douts = [torch.randn_like(looped[i]) for i in learnt]
+        got, expected = (torch.autograd.grad([outs[i] for i in learnt], list(batch.values()), douts) for outs in (mapped, looped))
+    for mine, theirs in zip((*mapped, *got), (*looped, *expected), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def check_compiled(op: Op, tensors: dict[str, Tensor], dynamic: bool | None = None, backend: str = "inductor") -> None:

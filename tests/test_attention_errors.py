@@ -48,7 +48,7 @@ BAD = {
     "q nested": (
         dense(q=torch.nested.nested_tensor([zeros(3, H, D), zeros(5, H, D)], layout=torch.jagged)),
         TypeError,
-        "q must not be a nested tensor (pass packed tensors with cu_seqlens), got a nested tensor",
+        "q must be a dense tensor, got a nested one",
     ),
     "q int32": (
         dense(q=zeros(B, S_Q, H, D, dtype=torch.int32)),

@@ -898,8 +898,8 @@ def test_float32_follows_either_way_of_asking_torch_for_tf32():
     code = """
 import torch, fastattn
 torch.backends.cuda.matmul.fp32_precision = "tf32"  # from here on torch refuses to say float32_matmul_precision
-from fastattn.kernels.attention import _precision
-assert _precision(torch.float32) == "tf32" and _precision(torch.float16) == "ieee"
+from fastattn.kernels.launch import precision_of
+assert precision_of(torch.float32) == "tf32" and precision_of(torch.float16) == "ieee"
 """
     pytest.importorskip("triton", reason="needs triton")
     subprocess.run([sys.executable, "-c", code], check=True)

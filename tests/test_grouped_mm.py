@@ -18,7 +18,7 @@ from op_contract import (
     check_op,
     check_operator,
     check_pure,
-    check_refuses_higher_derivatives,
+    check_transforms,
     launched_on,
     run,
     runs_as_on_cuda,
@@ -325,6 +325,21 @@ def test_what_is_kept_for_the_backward_is_what_came_in():
             assert not of(**rows)[0](*leaves).requires_grad
 
 
+@pytest.mark.both
+@pytest.mark.parametrize("wanted", [("x",), ("w",), ("bias",), ("w", "bias"), ("x", "bias")], ids=str)
+def test_what_one_gradient_needs_is_all_that_is_kept(wanted):
+    """x for w's and w for x's; the gradients are those of all."""
+    tensors, rows = draw(gather=20, scatter=True)
+    dout = upstream(of(**rows)[0], tensors)
+    whole = run(of(**rows)[0], tensors, dout)
+    leaves, kept = {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        out = of(**rows)[0](**leaves)
+    assert (leaves["x"].data_ptr() in kept, leaves["w"].data_ptr() in kept) == ("w" in wanted, "x" in wanted)
+    for name, grad in zip(wanted, torch.autograd.grad(out, [leaves[name] for name in wanted], dout), strict=True):
+        assert torch.equal(grad, whole[f"d{name}"]), name
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_autocast(dtype):
     """In bfloat16, as a linear layer; gradients are in the parameters' dtypes."""
@@ -397,7 +412,7 @@ def check_launchers(tensors, offsets, gather=None, scatter=None):
     num_rows = len(x if gather is None else gather)
     oracle, douts = repaired(x, offsets, gather, scatter, num_rows), [torch.randn(num_rows, w.shape[1]).to(x.dtype)]
     got = {"out0": grouped_mm_fwd(x, w, offsets, bias, gather, scatter)}
-    got |= zip(("dx", "dw", "dbias"), grouped_mm_bwd(douts[0], x, w, offsets, gather, scatter, [True] * 3))
+    got |= zip(("dx", "dw", "dbias"), grouped_mm_bwd(douts[0], x, w, offsets, gather, scatter, len(x), [True] * 3))
     truth, baseline = run(oracle, tensors, douts, torch.float64), run(oracle, tensors, douts)
     for name, value in truth.items():
         check_budget(f"grouped_mm {name} with {offsets} {gather} {scatter}", got[name], baseline[name], value)
@@ -550,7 +565,7 @@ def test_operators(gather, scatter):
     check_operator(torch.ops.fastattn.grouped_mm_fwd, x, w, offsets, bias if scatter else None, *numbers)
     dout = torch.randn(8, 1).to(BF16).expand(8, 9)
     for wanted in ([True] * 3, [False, True, False]):
-        check_operator(torch.ops.fastattn.grouped_mm_bwd, dout, x, w, offsets, *numbers, wanted)
+        check_operator(torch.ops.fastattn.grouped_mm_bwd, dout, x, w, offsets, *numbers, len(x), wanted)
 
 
 @pytest.mark.both
@@ -559,15 +574,15 @@ def test_gradients_that_are_not_wanted_are_empty(wanted):
     tensors, rows = draw(gather=20)
     x, w, _ = tensors.values()
     dout = torch.randn(34, 33)
-    grads = torch.ops.fastattn.grouped_mm_bwd(dout, x, w, rows["offsets"], rows["gather"], None, list(wanted))
+    grads = torch.ops.fastattn.grouped_mm_bwd(dout, x, w, rows["offsets"], rows["gather"], None, len(x), list(wanted))
     for grad, want, shape in zip(grads, wanted, (x.shape, w.shape, w.shape[:2])):
         assert grad.shape == (shape if want else (0,))
 
 
-def test_higher_derivatives_raise():
+def test_transforms():
     tensors, rows = draw((3, 0, 4), 8, 8, gather=5, scatter=True)
     # A product is linear in each: what its gradient depends on is the upstream one.
-    check_refuses_higher_derivatives("grouped_mm", lambda **tensors: of(**rows)[0](**tensors).square(), tensors)
+    check_transforms("grouped_mm", lambda **tensors: of(**rows)[0](**tensors).square(), tensors)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
@@ -613,7 +628,7 @@ def launch_forward(ops, num_rows, dtype=BF16, num_groups=8, num_cols=256, size=1
     w = w.transpose(1, 2).contiguous().transpose(1, 2) if transposed else w
     offsets, bias = torch.zeros(num_groups, dtype=torch.int32), torch.zeros(num_groups, num_cols, dtype=dtype) if numbered else None
     numbers = (torch.zeros(num_rows, dtype=torch.int64),) * 2 if numbered else (None, None)
-    return ops._grouped_mm_fwd(x, w, offsets, bias, *numbers), x, w, offsets, *numbers
+    return ops._grouped_mm_fwd(x, w, offsets, bias, *numbers), x, w, offsets, *numbers, num_rows
 
 
 def launch_both(ops, num_rows, **options):
@@ -661,7 +676,8 @@ def test_numbers_of_rows_choose_at_most_two_variants(as_on_cuda):
         given = launch_forward(as_on_cuda, 200)
         driver.forget()
         for num_rows in SOME_NUMBERS:
-            as_on_cuda._grouped_mm_bwd(*(t[:num_rows] if len(t) == 200 else t for t in given), [True] * 3)
+            *tensors, _ = given
+            as_on_cuda._grouped_mm_bwd(*(t[:num_rows] if len(t) == 200 else t for t in tensors), num_rows, [True] * 3)
         assert max(len(driver.variants(launch.kernel)) for launch in driver.launches) == 2
 
 
@@ -685,7 +701,7 @@ def test_more_rows_than_32_bits_count_are_refused(launcher):
         "weight": lambda: kernels.launch_weight("grouped_mm", y, x, offsets, w, num_rows=num_rows),
         "sum": lambda: kernels.launch_sum("grouped_mm", y, offsets, bias, num_rows=num_rows),
         "forward": lambda: kernels.grouped_mm_fwd(x, w, offsets, bias, None, None),
-        "backward": lambda: kernels.grouped_mm_bwd(y, x, w, offsets, None, None, [True] * 3),
+        "backward": lambda: kernels.grouped_mm_bwd(y, x, w, offsets, None, None, len(x), [True] * 3),
     }
     with stub_driver(), pytest.raises(ValueError, match=f"grouped_mm: the input must have at most {num_rows - 1} rows, got {num_rows}"):
         calls[launcher]()
@@ -711,8 +727,8 @@ def test_programs_stay(as_on_cuda, num_rows):
         given = launch_forward(as_on_cuda, num_rows, numbered=False)
         as_on_cuda._grouped_mm_bwd(*given, [False, True, False])
         product, weight = driver.launches
-        config = config_of("product", given[1], num_rows, 8, 128)
+        config = config_of("product", given[1], num_rows, 8, 128, True)
         tiles = (min(8, num_rows) + num_rows // config.BLOCK_M) * -(-256 // config.BLOCK_N)
         assert product.grid == (min(tiles, 132 * config.resident), 1, 1)
-        config = config_of("weight", given[0], num_rows, 8, num_rows)
+        config = config_of("weight", given[0], num_rows, 8, num_rows, True)
         assert weight.grid == (8 * -(-256 // config.BLOCK_M) * -(-128 // config.BLOCK_N), 1, 1)

@@ -161,12 +161,12 @@ def test_at_most_two_variants_over_lengths_and_batches():
         )
 
 
-def scaled(*tensors, factor=2.0, size=None):
+def scaled(*tensors, factor=2.0, size=None, **options):
     """Launch a kernel of no fame over tensors, out = x·factor; gives the variant that was launched."""
     x, out = tensors
     launch.launch(
         _scale_kernel, (1,), x.device, x_ptr=x, out_ptr=out, size=x.numel() if size is None else size, factor=factor, BLOCK=64,
-        num_warps=1,
+        **{"num_warps": 1} | options,
     )  # fmt: skip
     return triton.runtime.driver.active.launches[-1]
 
@@ -178,7 +178,8 @@ def _scale_kernel(x_ptr, out_ptr, size, factor, BLOCK: triton.language.constexpr
 
 
 def test_a_call_of_another_kind_gets_another_variant():
-    """What a variant was compiled for must hold at each launch of it: dtype, 16-byte alignment, sizes that are multiples of 16."""
+    """What a variant was compiled for must hold at each launch of it: dtype, 16-byte alignment, sizes that are multiples of 16, the
+    compiler's options."""
     with stub_driver() as driver:
         x = torch.zeros(65)
         first = scaled(x[:64], x[:64])
@@ -186,9 +187,10 @@ def test_a_call_of_another_kind_gets_another_variant():
             assert again.compiled is first.compiled
         others = [
             scaled(x[1:65], x[:64]), scaled(x[:64], x[1:65]), scaled(x.half()[:64], x[:64]), scaled(x[:40], x[:64]),
-            scaled(x[:1], x[:64]), scaled(x[:64], x[:64], size=2**40),
+            scaled(x[:1], x[:64]), scaled(x[:64], x[:64], size=2**40), scaled(x[:64], x[:64], num_warps=2),
+            scaled(x[:64], x[:64], num_stages=2), scaled(x[:64], x[:64], maxnreg=64),
         ]  # fmt: skip
-        assert len({id(made.compiled) for made in [first, *others]}) == 7
+        assert len({id(made.compiled) for made in [first, *others]}) == 10
         assert len(driver.launches) == 4 + len(others)
         for launch_, offset in ((others[0], 4), (others[1], 4)):
             assert launch_.args["x_ptr"].data_ptr() + launch_.args["out_ptr"].data_ptr() == 2 * x.data_ptr() + offset

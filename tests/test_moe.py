@@ -16,7 +16,7 @@ from op_contract import (
     check_op,
     check_operator,
     check_pure,
-    check_refuses_higher_derivatives,
+    check_transforms,
     launched_on,
     run,
     runs_as_on_cuda,
@@ -213,6 +213,19 @@ def test_experts_that_are_one_are_a_layer(options):
 
     tensors.pop("top_k_weights")
     check_op("moe of one expert", op, layer, tensors)
+
+
+@pytest.mark.both
+def test_float16_overflows_only_where_the_result_does():
+    """The pre-activation is clamped, and dout·down_proj is multiplied by small weights: neither has to fit float16 itself."""
+    tensors, indices = draw(dtype=F16, biases=False)
+    far = tensors | {"x": 200 * tensors["x"], "gate_up_proj": 3000 * tensors["gate_up_proj"]}
+    op, oracle = of(indices, activation="clamped_swiglu")
+    out, truth = op(**far), oracle(**{name: t.double() for name, t in far.items()})
+    assert out.isfinite().all() and (far["x"].double() @ far["gate_up_proj"].double().mT).abs().max() > 1e5
+    torch.testing.assert_close(out.double(), truth, rtol=1e-2, atol=0.05)  # activations of up to 56 are rounded to float16
+    steep = tensors | {"down_proj": 300 * tensors["down_proj"], "top_k_weights": 1e-4 * tensors["top_k_weights"]}
+    check(steep, indices, [1000 * even(48, 40).half()])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -472,6 +485,21 @@ def test_memory_that_is_kept(options):
     assert sum(t.untyped_storage().nbytes() for t in made) == slots * 2 * inner * 2 + 2 * slots * 8 + 3 * 4
 
 
+WANTED = [("x",), ("top_k_weights",), ("gate_up_proj",), ("down_proj",), ("gate_up_bias",), ("down_bias",), ("x", "top_k_weights")]
+
+
+@pytest.mark.both
+@OPTIONS
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_some_gradients_are_those_of_all(options, wanted):
+    tensors, indices = draw(24, 16, 24, dtype=BF16, **options)
+    op, dout = of(indices, **options)[0], even(24, 16).to(BF16)
+    whole = run(op, tensors, [dout])
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
+    for name, grad in zip(wanted, torch.autograd.grad(op(**leaves), [leaves[name] for name in wanted], dout), strict=True):
+        assert torch.equal(grad, whole[f"d{name}"]), name
+
+
 class Calls(TorchDispatchMode):
     """The arguments of each call of an operator."""
 
@@ -644,7 +672,10 @@ IDS, WEIGHTS = torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2)
         (dict(x=X[None]), ValueError, r"x must have shape \(T, H\) with H of 1 or more, got \(1, 5, 16\)"),
         (dict(x=X[:, :0]), ValueError, r"x must have shape \(T, H\) with H of 1 or more, got \(5, 0\)"),
         (dict(activation="relu"), ValueError, r"activation must be one of 'swiglu', 'geglu', 'clamped_swiglu', got 'relu'"),
-        (dict(activation=None), ValueError, r"activation must be one of 'swiglu', 'geglu', 'clamped_swiglu', got None"),
+        (dict(activation=None), TypeError, r"activation must be a str, got NoneType"),
+        (dict(transposed="no"), TypeError, r"transposed must be a bool, got str"),
+        (dict(x=X.to_sparse()), TypeError, r"x must be a dense tensor, got torch.sparse_coo"),
+        (dict(x=torch.nested.nested_tensor([X, X])), TypeError, r"x must be a dense tensor, got a nested one"),
         (dict(layout="packed"), ValueError, r"layout must be one of 'concatenated', 'interleaved', got 'packed'"),
         (dict(gate_up_proj=None), TypeError, r"gate_up_proj must be a torch.Tensor, got NoneType"),
         (dict(gate_up_proj=UP.half()), TypeError, r"gate_up_proj must have x's dtype torch.float32, got torch.float16"),
@@ -681,7 +712,7 @@ IDS, WEIGHTS = torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2)
         (dict(top_k_weights=WEIGHTS.to("meta")), ValueError, r"top_k_weights must be on x's device cpu, got meta"),
         (dict(top_k_weights=WEIGHTS[1:]), ValueError, r"top_k_weights must have shape \(T, K\) with x's T = 5, got \(4, 2\)"),
         (dict(top_k_weights=WEIGHTS[:, :1]), ValueError, r"top_k_weights must have top_k_index's shape \(5, 2\), got \(5, 1\)"),
-        (dict(top_k_index=IDS.float()), TypeError, r"indices must be int32 or int64, got torch.float32"),
+        (dict(top_k_index=IDS.float()), TypeError, r"top_k_index must be int32 or int64, got torch.float32"),
         (dict(top_k_index=IDS - 3), ValueError, r"indices must hold ids of 0 or more \(those of num_experts or more are nobody's\), got -3"),
     ],
 )  # fmt: skip
@@ -726,11 +757,29 @@ def test_gradients_that_are_not_wanted_are_empty():
         assert [layout(t) for t in real] == [layout(t) for t in fake] and real[i].shape == (0,)
 
 
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_what_is_not_wanted_is_neither_computed_nor_written(as_on_cuda, wanted):
+    """Each launch of a backward, and the outputs of the first."""
+    names = ("x", "top_k_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+    flags = [name in wanted for name in names]
+    launches = launched_on((9, 0), lambda: as_on_cuda._moe_bwd(*launch_forward(as_on_cuda, 100), flags))[len(FORWARD) :]
+    through = {"x", "gate_up_proj", "gate_up_bias"} & set(wanted)
+    expected = {
+        "_moe_down_bwd_kernel": bool(through or {"top_k_weights", "down_proj"} & set(wanted)), "_moe_bias_dot_kernel": flags[1],
+        "_grouped_mm_weight_kernel": flags[2] + flags[3], "_grouped_sum_kernel": flags[4] + flags[5], "_grouped_mm_kernel": flags[0],
+        "_moe_combine_fwd_kernel": flags[0],
+    }  # fmt: skip
+    assert {name: sum(launch.name == name for launch in launches) for name in expected} == {k: int(v) for k, v in expected.items()}
+    for launch in launches[:1] if expected["_moe_down_bwd_kernel"] else []:
+        written = [launch.args[name] is not None for name in ("dpre_ptr", "out_ptr", "dots_ptr")]
+        assert written == [bool(through), flags[3], flags[1]]
+
+
 @OPTIONS
-def test_higher_derivatives_raise(options):
+def test_transforms(options):
     transposed = options.get("transposed", False)
     tensors, indices = draw(4, 8, 5, 2, biases=transposed, transposed=transposed)
-    check_refuses_higher_derivatives("moe", of(indices, **options)[0], tensors)
+    check_transforms("moe", of(indices, **options)[0], tensors)
 
 
 @OPTIONS
@@ -876,6 +925,6 @@ def test_programs_stay(as_on_cuda, num_tokens):
         _, x, *_ = launch_forward(as_on_cuda, num_tokens)
         slots = 2 * num_tokens
         for launch, kernel, columns, inner in zip(driver.launches, ("gated", "product"), (256, 256), (256, 128)):
-            config = config_of(kernel, x, slots, 8, inner)
+            config = config_of(kernel, x, slots, 8, inner, True)
             tiles = (min(8, slots) + slots // config.BLOCK_M) * -(-columns // config.BLOCK_N)
             assert launch.grid == (min(tiles, 132 * config.resident), 1, 1), kernel

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from fractions import Fraction
 from importlib import import_module
 
 import pytest
@@ -98,7 +99,7 @@ def test_presets_have_the_names_and_shapes_of_transformers(name):
 
 
 def test_other_blocks_are_refused():
-    with pytest.raises(TypeError, match=r"MoE: block must be one of MixtralSparseMoeBlock, .*, got Linear"):
+    with pytest.raises(TypeError, match=r"MoE: block must be one of transformers 5's MixtralSparseMoeBlock, .*, got Linear"):
         MoE.from_transformers(nn.Linear(2, 2))
 
 
@@ -117,6 +118,41 @@ def test_other_blocks_are_refused():
 def test_blocks_that_compute_something_else_are_refused(name, others, message):
     with pytest.raises(ValueError, match=f"MoE: block must {message}"):
         MoE.from_transformers(block_of(name, **others))
+
+
+def test_a_shared_expert_of_another_activation_is_refused():
+    block = block_of("deepseek")
+    block.shared_experts.act_fn = nn.ReLU()
+    with pytest.raises(ValueError, match="MoE: block must have act_fn = SiLU, got ReLU"):
+        MoE.from_transformers(block)
+
+
+def test_a_block_of_several_dtypes_is_refused():
+    block = block_of("mixtral", BF16)
+    block.gate.float()
+    with pytest.raises(TypeError, match=r"MoE: block must have parameters of one dtype, got torch.bfloat16 and torch.float32"):
+        MoE.from_transformers(block)
+
+
+def test_a_block_without_experts_of_one_tensor_is_refused():
+    """As transformers 4 had them."""
+    block = block_of("mixtral")
+    del block.experts
+    with pytest.raises(TypeError, match=r"MoE: block must be one of transformers 5's MixtralSparseMoeBlock"):
+        MoE.from_transformers(block)
+
+
+def test_a_block_without_shared_experts():
+    block, x = block_of("deepseek", n_shared_experts=0), torch.randn(1, 9, 32)
+    torch.testing.assert_close(MoE.from_transformers(block)(x)[0], block(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_frozen_stays_so():
+    block = block_of("gpt-oss")
+    block.router.weight.requires_grad_(False)
+    block.experts.down_proj.requires_grad_(False)
+    frozen = {name for name, p in MoE.from_transformers(block).named_parameters() if not p.requires_grad}
+    assert frozen == {"gate.weight", "experts.down_proj"}
 
 
 @pytest.mark.parametrize("act", ["silu", "swish"])
@@ -171,7 +207,7 @@ def test_the_balancing_loss_is_transformers_(name):
 
 def dropped_by_hand(indices, num_experts, factor):
     """Each expert's first ⌈factor·slots / num_experts⌉ slots keep their id."""
-    left = [math.ceil(factor * indices.numel() / num_experts)] * num_experts
+    left = [math.ceil(Fraction(str(factor)) * indices.numel() / num_experts)] * num_experts
     kept = indices.clone().flatten()
     for slot, expert in enumerate(indices.flatten().tolist()):
         if left[expert] == 0:
@@ -192,6 +228,15 @@ def test_capacity_drops_who_comes_late(factor):
     out, aux = layer(x)
     torch.testing.assert_close(out, fastattn.moe(x, kept, weights, layer.experts.gate_up_proj, layer.experts.down_proj))
     assert aux.expert_counts.sum() == 140
+
+
+@pytest.mark.parametrize(
+    "factor, slots, capacity", [(1.1, 100, 11), (1.2, 50, 6), (0.7, 100, 7), (1 / 3, 90, 3), (1e-9, 100, 1), (1e30, 100, 100), (Fraction(11, 10), 100, 11)]
+)  # fmt: skip
+def test_capacity_is_counted_exactly(factor, slots, capacity):
+    """1.1·100 / 10 is 11.000000000000002 in floating point."""
+    kept = MoE(16, 12, 10, 1, capacity_factor=factor)._within_capacity(torch.zeros(slots, 1, dtype=torch.int64))
+    assert (kept == 0).sum() == capacity and not kept[:capacity].any()
 
 
 @pytest.mark.both
@@ -306,6 +351,9 @@ def test_state_dict_copy_and_repr():
     x = torch.randn(5, 16).to(BF16)
     for twin in (other, copy.deepcopy(layer)):
         assert torch.equal(twin(x)[0], layer(x)[0])
+    for assign in (False, True):
+        other.load_state_dict({name: t.to(BF16) for name, t in layer.state_dict().items()}, assign=assign)
+        assert other.gate.e_score_correction_bias.dtype == F32
     for shown in ("top_k=2", "score='sigmoid'", "renormalize=True", "top_k_groups=1", "Router(16, 8", "Experts(8, 16, 12", "layout='conc"):
         assert shown in repr(layer), shown
     assert layer.gate.e_score_correction_bias.dtype == F32 and layer.experts.down_proj.dtype == BF16
@@ -345,6 +393,8 @@ ERRORS = {
     "shared_intermediate_size must be positive, got 0": dict(shared_intermediate_size=0),
     "activation must be one of 'swiglu', 'geglu', 'clamped_swiglu', got 'relu'": dict(activation="relu"),
     "layout must be one of 'concatenated', 'interleaved', got 'x'": dict(layout="x"),
+    "dtype must be float16, bfloat16 or float32, got torch.float64": dict(dtype=torch.float64),
+    "dtype must be float16, bfloat16 or float32, got torch.int32": dict(dtype=torch.int32),
 }
 REFUSED_BY_ROUTE = {
     "score must be one of 'softmax', 'sigmoid', got 'relu'": dict(score="relu"),
@@ -377,5 +427,11 @@ def test_errors_of_a_forward():
         layer(torch.randn(3, 8))
     with pytest.raises(TypeError, match="MoE: x must be a torch.Tensor, got list"):
         layer([1.0])
+    with pytest.raises(TypeError, match="MoE: x must be float16, bfloat16 or float32, got torch.int64"):
+        layer(torch.zeros(3, 16, dtype=torch.int64))
+    with pytest.raises(TypeError, match="MoE: x must have the router's dtype torch.float32, got torch.bfloat16"):
+        layer(torch.zeros(3, 16, dtype=BF16))
+    with pytest.raises(ValueError, match="MoE: x must be on the router's device cpu, got meta"):
+        layer(torch.zeros(3, 16, device="meta"))
     with pytest.raises(ValueError, match="MoE: selection_bias must be True to update it, got False"):
         layer.update_bias(torch.zeros(4))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from op_contract import (
@@ -15,7 +17,7 @@ from op_contract import (
     check_op,
     check_operator,
     check_pure,
-    check_refuses_higher_derivatives,
+    check_transforms,
     launched_on,
     runs_as_on_cuda,
     upstream,
@@ -222,8 +224,25 @@ def test_operator(dim):
 
 
 @pytest.mark.both
-def test_higher_derivatives_raise():
-    check_refuses_higher_derivatives("softmax", along()[0], {"x": torch.randn(3, 20)})
+def test_transforms():
+    check_transforms("softmax", along()[0], {"x": torch.randn(3, 20)})
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap(grad)", "grad(vmap)"])
+def test_a_transform_within_a_compiled_function_is_refused_or_right(transform):
+    """Dynamo would differentiate the forward, which has no derivative of its own. Where it may break the graph, eager has the answer."""
+    f, x = lambda x: fastattn.softmax(x, -1).square().sum(), torch.randn(2, 3, 20)
+    of = {
+        "grad": torch.func.grad, "vmap(grad)": lambda f: torch.func.vmap(torch.func.grad(f)),
+        "grad(vmap)": lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(x).sum()),
+    }[transform]  # fmt: skip
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="torch.func transforms are not supported within torch.compile"):
+        torch.compile(of(f), fullgraph=True, backend="eager")(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.testing.assert_close(torch.compile(of(f), backend="aot_eager")(x), of(f)(x))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])

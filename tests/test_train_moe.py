@@ -44,6 +44,13 @@ def test_it_writes(example):
     assert text.startswith("The import ")
 
 
+def test_no_steps_are_refused(example, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_moe.py", "--steps", "0", "--compare"])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "--steps must be 1 or more" in capsys.readouterr().err
+
+
 @pytest.mark.more
 def test_the_comparison(example, capsys):
     assert example.compare(60, "cpu") < 3.0  # noise is a sample of one

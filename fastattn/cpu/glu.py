@@ -39,6 +39,7 @@ def activate(g: Tensor, activation: str) -> Tensor:
 def activation_grad(dy: Tensor, g: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return torch.ops.aten.silu_backward(dy, g)
+    g = g.clamp(-1e4, 1e4)  # past which its slope is 0 or 1; of larger ones the cube overflows, to NaN
     return torch.ops.aten.gelu_backward(dy, g, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 

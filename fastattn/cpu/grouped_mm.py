@@ -37,16 +37,22 @@ def zeroed_tail(rows: Tensor, offsets: Tensor) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None, group: int, out: Tensor | None = None) -> Tensor:
-    """x·w[group]ᵀ + bias[group]."""
-    return torch.mm(x, w[group].t(), out=out) if bias is None else torch.addmm(bias[group], x, w[group].t(), out=out)
+    """x·w[group]ᵀ + bias[group], computed in out's dtype where that is another than theirs."""
+    w, bias = w[group].t(), None if bias is None else bias[group]
+    if out is not None and out.dtype != x.dtype:
+        x, w, bias = x.to(out.dtype), w.to(out.dtype), None if bias is None else bias.to(out.dtype)
+    return torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
 
 
 def grouped_mm_bwd(
-    dout: Tensor, x: Tensor, w: Tensor, offsets: Tensor, gather: Tensor | None, scatter: Tensor | None, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, x: Tensor | None, w: Tensor | None, offsets: Tensor, gather: Tensor | None, scatter: Tensor | None, num_x_rows: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     want_x, want_w, want_bias = wanted
-    dx = x.new_zeros(x.shape if want_x else 0, dtype=x.dtype if gather is None else torch.float32)
-    dw, dbias = x.new_zeros(w.shape if want_w else 0), x.new_zeros(w.shape[:2] if want_bias else 0)
+    num_groups, num_cols = offsets.shape[0], dout.shape[1]
+    dx = dout.new_zeros((num_x_rows, w.shape[2]) if want_x else 0, dtype=dout.dtype if gather is None else torch.float32)
+    dw = dout.new_zeros((num_groups, num_cols, x.shape[1]) if want_w else 0)
+    dbias = dout.new_zeros((num_groups, num_cols) if want_bias else 0)
     for group, rows in groups(offsets):
         dy = dout[rows] if scatter is None else dout.index_select(0, scatter[rows])
         if want_x and gather is None:
@@ -57,4 +63,4 @@ def grouped_mm_bwd(
             torch.mm(dy.t(), x[rows] if gather is None else x.index_select(0, gather[rows]), out=dw[group])
         if want_bias:
             dbias[group] = dy.sum(0, dtype=torch.float32)
-    return dx.to(x.dtype), dw, dbias
+    return dx.to(dout.dtype), dw, dbias

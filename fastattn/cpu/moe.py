@@ -1,4 +1,8 @@
-"""A mixture of experts on the CPU: the algorithm of the kernels, an expert at a time, in torch's matrix products."""
+"""A mixture of experts on the CPU: the algorithm of the kernels, an expert at a time, in torch's matrix products.
+
+Those of float16 are computed in float32, of rows and of a matrix at a time: the pre-activation and dout·down_proj, which kernels have in
+fp32, may be more than float16 holds where what becomes of them is not. bfloat16 holds them, and rounds them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .glu import activate, activation_grad
-from .grouped_mm import groups, product, zeroed_tail
+from .grouped_mm import groups, product
 from .moe_routing import moe_combine_fwd
 
 ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu_tanh"}  # as glu calls them
@@ -23,35 +27,37 @@ def moe_fwd(
     """(out, the pre-activation of each sorted row; empty unless it is to be kept)."""
     top_k = weights.shape[1]
     gate_up_proj, down_proj, token = _upright(gate_up_proj, transposed), _upright(down_proj, transposed), order // top_k
-    pre = zeroed_tail(x.new_empty(order.shape[0] if keep else 0, gate_up_proj.shape[1]), offsets)
-    y = x.new_empty(order.shape[0], x.shape[1])
+    pre, y = x.new_empty(order.shape[0] if keep else 0, gate_up_proj.shape[1]), x.new_empty(order.shape[0], x.shape[1])
     for block, experts, sizes in _blocks(offsets):
         inputs = x.index_select(0, token[block])
-        z = pre[block] if keep else x.new_empty(inputs.shape[0], gate_up_proj.shape[1])
+        z = inputs.new_empty(inputs.shape[0], gate_up_proj.shape[1], dtype=_wide(x.dtype))
         _products(inputs, gate_up_proj, gate_up_bias, z, experts, sizes)
-        _products(_gated(*_halves(z, layout), activation), down_proj, down_bias, y[block], experts, sizes)
+        if keep:
+            pre[block] = z
+        _products(_gated(*_halves(z, layout), activation).to(x.dtype), down_proj, down_bias, y[block], experts, sizes)
     return moe_combine_fwd(y, inverse, offsets, weights, top_k), pre
 
 
 def moe_bwd(
-    dout: Tensor, x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
-    gate_up_bias: Tensor | None, down_bias: Tensor | None, pre: Tensor, activation: str, layout: str, transposed: bool, wanted: list[bool],
+    dout: Tensor, x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor, gate_up_proj: Tensor,
+    down_proj: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None, pre: Tensor, activation: str, layout: str, transposed: bool,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweights, dgate_up_proj, ddown_proj, dgate_up_bias, ddown_bias), empty where not wanted."""
     want_x, want_weights, want_gate_up, want_down = wanted[:4]
     top_k, row_weights = weights.shape[1], weights.flatten()[order]
-    make = x.new_empty if bool((offsets.diff(prepend=offsets.new_zeros(1)) > 0).all()) else x.new_zeros  # 0 without tokens
+    make = dout.new_empty if bool((offsets.diff(prepend=offsets.new_zeros(1)) > 0).all()) else dout.new_zeros  # 0 without tokens
     dgate_up, ddown, dgate_up_bias, ddown_bias = (
         make(t.shape if t is not None and want else 0)
         for t, want in zip((gate_up_proj, down_proj, gate_up_bias, down_bias), wanted[2:], strict=True)
     )
     dgate_up_t, ddown_t = (_upright(dw, transposed) if dw.numel() else dw for dw in (dgate_up, ddown))
     gate_up_proj, down_proj, token = _upright(gate_up_proj, transposed), _upright(down_proj, transposed), order // top_k
-    dx_rows = x.new_empty(order.shape[0] if want_x else 0, x.shape[1])
+    dx_rows = dout.new_empty(order.shape[0] if want_x else 0, dout.shape[1])
     drow_weights = torch.zeros(order.shape[0], dtype=torch.float32)
     for block, experts, sizes in _blocks(offsets):
         dy, weight = dout.index_select(0, token[block]), row_weights[block, None]
-        da, (gate, up) = x.new_empty(dy.shape[0], down_proj.shape[2]), _halves(pre[block], layout)
+        da, (gate, up) = dy.new_empty(dy.shape[0], down_proj.shape[2], dtype=_wide(dy.dtype)), _halves(pre[block], layout)
         _products(dy, down_proj.transpose(1, 2), None, da, experts, sizes)
         da = da.float()
         a, dgate, dup = _gated_bwd(weight * da, gate.float(), up.float(), activation)
@@ -64,7 +70,7 @@ def moe_bwd(
         if want_gate_up:
             _weight_gradients(dpre, x.index_select(0, token[block]), dgate_up_t, experts, sizes)
         if want_down:
-            _weight_gradients(dy, (weight * a).to(x.dtype), ddown_t, experts, sizes)
+            _weight_gradients(dy, (weight * a).to(dy.dtype), ddown_t, experts, sizes)
         if want_weights and down_bias is not None:
             for out, rows, expert in zip(drow_weights[block].split(sizes), dy.split(sizes), experts, strict=True):
                 out += torch.mv(rows.float(), down_bias[expert].float())
@@ -74,7 +80,7 @@ def moe_bwd(
         if ddown_bias.numel():
             for rows, expert in zip((weight * dy).split(sizes), experts, strict=True):
                 ddown_bias[expert] = rows.sum(0)
-    dx = moe_combine_fwd(dx_rows, inverse, offsets, None, top_k) if want_x else x.new_empty(0)
+    dx = moe_combine_fwd(dx_rows, inverse, offsets, None, top_k) if want_x else dout.new_empty(0)
     dweights = drow_weights[inverse].view(weights.shape) if want_weights else drow_weights[:0]
     return dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias
 
@@ -106,6 +112,11 @@ def _weight_gradients(dy: Tensor, x: Tensor, dw: Tensor, experts: list[int], siz
         torch.mm(rows.t(), inputs, out=dw[expert])
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of a product that something is yet to become of."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _upright(w: Tensor, transposed: bool) -> Tensor:
     return w.transpose(-1, -2) if transposed else w
 
@@ -116,14 +127,12 @@ def _halves(z: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate)∘up in fp32, rounded once."""
-    dtype, gate, up = gate.dtype, gate.float(), up.float()
+    """act(gate)∘up in fp32."""
+    gate, up = gate.float(), up.float()
     if activation == "clamped_swiglu":
         gate = gate.clamp(max=LIMIT)
-        a = gate * torch.sigmoid(ALPHA * gate) * (up.clamp(-LIMIT, LIMIT) + 1)
-    else:
-        a = activate(gate, ACTIVATIONS[activation]) * up
-    return a.to(dtype)
+        return gate * torch.sigmoid(ALPHA * gate) * (up.clamp(-LIMIT, LIMIT) + 1)
+    return activate(gate, ACTIVATIONS[activation]) * up
 
 
 def _gated_bwd(da: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:

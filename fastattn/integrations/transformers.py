@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from fastattn.ops.attention import attention
 from fastattn.ops.grouped_mm import grouped_mm
-from fastattn.ops.moe import moe
+from fastattn.ops.moe import ALPHA, LIMIT, moe
 from fastattn.ops.moe_routing import moe_combine, moe_dispatch
 
 try:
@@ -199,7 +199,6 @@ def _classes(*names: str) -> set[type]:
 SILU = _classes("silu", "swish") | {nn.SiLU}
 GELU_TANH = _classes("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate")  # one formula
 
-ALPHA_AND_LIMIT = (1.702, 7.0)  # of `fastattn.moe`'s "clamped_swiglu"
 # gpt-oss's gate and its copies: the function, the layout that it reads, and the attributes that hold alpha and limit.
 CLAMPED_GATES = {
     "GptOssExperts._apply_gate": ("interleaved", "alpha", "limit"),
@@ -215,8 +214,11 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     experts of other ranks, add nothing. Returns (T, H).
 
     Where the gate is one of `fastattn.moe`'s, that is what runs. Any other (an exact gelu, another clamp, no gate, a norm after the
-    experts) is computed by the module's own `_apply_gate` or `act_fn`, between two grouped products.
+    experts) is computed by the module's own `_apply_gate` or `act_fn`, between two grouped products. Router weights are read as fp32.
+
+    Raises: TypeError for float64 experts, ValueError for more than 512 of them, which eager would run.
     """
+    top_k_weights = top_k_weights.float()
     x = hidden_states.to(self.down_proj.dtype)
     gate_up_name = "gate_up_proj" if self.has_gate else "up_proj"
     gate_up_proj, down_proj = getattr(self, gate_up_name), self.down_proj
@@ -262,7 +264,7 @@ def _known_gate(experts: nn.Module) -> tuple[str, str] | None:
             activation = "geglu"
     elif getattr(gate, "__module__", "").startswith("transformers.models."):
         layout, *names = CLAMPED_GATES.get(gate.__qualname__, (None,))
-        if layout is not None and tuple(getattr(experts, name) for name in names) == ALPHA_AND_LIMIT:
+        if layout is not None and tuple(getattr(experts, name) for name in names) == (ALPHA, LIMIT):
             activation = "clamped_swiglu"
     if activation is None or experts.is_concatenated != (layout == "concatenated"):
         return None

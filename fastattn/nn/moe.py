@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from fastattn.ops import checks
 from fastattn.ops.glu import swiglu
-from fastattn.ops.moe import ACTIVATIONS, LAYOUTS, moe
+from fastattn.ops.moe import ACTIVATIONS, ALPHA, LAYOUTS, LIMIT, moe
 from fastattn.ops.moe_routing import (
+    load_balancing_loss_of,
     moe_dispatch,
     moe_expert_counts,
-    moe_load_balancing_loss,
     moe_route,
     moe_update_bias,
     moe_z_loss,
@@ -71,8 +72,18 @@ class Router(torch.nn.Module):
             self.e_score_correction_bias = correction.to(self.e_score_correction_bias.device, torch.float32)
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """As torch's, but with assign=True too e_score_correction_bias stays float32."""
+        name = f"{prefix}e_score_correction_bias"
+        if isinstance(state_dict.get(name), Tensor):
+            state_dict = state_dict | {name: state_dict[name].float()}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self, x: Tensor) -> Tensor:
+        checks.check_device(_OP, "x", x, "the router's", self.weight.device)
         if not self.fp32:
+            if x.dtype != self.weight.dtype and not (x.is_meta or torch.is_autocast_enabled(x.device.type)):
+                checks.reject(_OP, "x", f"have the router's dtype {self.weight.dtype}", x.dtype, TypeError)
             return F.linear(x, self.weight, self.bias)
         # Autocast would round float32 operands again; the meta device has none.
         with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
@@ -138,8 +149,9 @@ class SharedExpert(torch.nn.Module):
 class MoE(torch.nn.Module):
     """Router, experts and their weighted sum, as the layers of Mixtral, Qwen3-MoE, gpt-oss and DeepSeek-V3 have them.
 
-    `MoE.mixtral(…)`, `MoE.qwen3_moe(…)`, `MoE.gpt_oss(…)` and `MoE.deepseek_v3(…)` are these options by name, whose state_dict is such a
-    block's in transformers; `MoE.from_transformers(block)` takes sizes and weights from one.
+    `MoE.mixtral(…)`, `MoE.qwen3_moe(…)`, `MoE.gpt_oss(…)` and `MoE.deepseek_v3(…)` are these options by name, which load the state_dict of
+    such a block in transformers, and whose own is one (but gpt-oss's, which calls `router` what is `gate` here);
+    `MoE.from_transformers(block)` takes sizes and weights from one.
 
     Args:
         hidden_size, intermediate_size: H and I. num_experts: E, up to 512. top_k: K.
@@ -153,7 +165,9 @@ class MoE(torch.nn.Module):
         layout, transposed: how the experts' matrices lie, as in `fastattn.moe`.
         shared_intermediate_size: that of an expert which every token goes through, whose output is added; None for none.
         capacity_factor: c lets an expert take ⌈c·T·K/E⌉ of a forward's T·K slots, first come first served (in the order of tokens, then
-            of k); the others are dropped: they add nothing. None, as everywhere today, drops none.
+            of k); the others are dropped: they add nothing. It is read as the fraction that it is written as: 1.1 of 10
+            slots are 11. None, as everywhere today, drops none.
+        dtype: float16, bfloat16 or float32; torch's default.
 
     forward(x) → (out, aux): x (…, H), float16, bfloat16 or float32, out like x (under autocast, in its dtype), and `MoEAux`, which every
     forward computes: a few passes over the (T, E) logits. Nothing waits for the GPU.
@@ -204,6 +218,11 @@ class MoE(torch.nn.Module):
             checks.check_number(_OP, "capacity_factor", capacity_factor)
             if not 0.0 < capacity_factor < math.inf:
                 checks.reject(_OP, "capacity_factor", "be None or positive and finite", capacity_factor)
+            # E times the share is all slots; the bounds keep the product with their number within 64 bits.
+            self._capacity = Fraction(str(min(capacity_factor, num_experts))).limit_denominator(10**6)
+        parameters_dtype = torch.get_default_dtype() if dtype is None else dtype
+        if parameters_dtype not in checks.FLOAT_DTYPES:
+            checks.reject(_OP, "dtype", "be float16, bfloat16 or float32", parameters_dtype, TypeError)
         self.hidden_size, self.num_experts, self.top_k, self.capacity_factor = hidden_size, num_experts, top_k, capacity_factor
         self.routing = {
             "score": score, "order": order, "renormalize": renormalize, "scaling_factor": scaling_factor, "num_groups": num_groups,
@@ -215,7 +234,7 @@ class MoE(torch.nn.Module):
         self.experts = Experts(hidden_size, intermediate_size, num_experts, activation, expert_bias, layout, transposed, **made)
         shared = shared_intermediate_size
         self.shared_experts = None if shared is None else SharedExpert(hidden_size, shared, **made)
-        self.register_load_state_dict_pre_hook(_rename_router)
+        self.register_load_state_dict_pre_hook(_adapt)
 
     @classmethod
     def mixtral(cls, hidden_size: int, intermediate_size: int, num_experts: int = 8, top_k: int = 2, **options: Any) -> MoE:
@@ -253,15 +272,22 @@ class MoE(torch.nn.Module):
     @classmethod
     def from_transformers(cls, block: torch.nn.Module) -> MoE:
         """A layer with the sizes, the routing and a copy of the weights of a transformers (5) block: MixtralSparseMoeBlock,
-        Qwen3MoeSparseMoeBlock, GptOssMLP or DeepseekV3MoE; its dtype, device and mode. A block that computes something else (another
-        activation, gpt-oss's with other constants, Mixtral's router noise) is refused."""
+        Qwen3MoeSparseMoeBlock, GptOssMLP or DeepseekV3MoE; its dtype, device and mode, and its frozen parameters frozen. A block that
+        computes something else (another activation, gpt-oss's with other constants, Mixtral's router noise) or has parameters of several
+        dtypes is refused."""
         name = type(block).__name__
-        if name not in _BLOCKS:
-            checks.reject(_OP, "block", f"be one of {', '.join(_BLOCKS)}", name, TypeError)
+        if name not in _BLOCKS or not hasattr(block, "experts"):
+            checks.reject(_OP, "block", f"be one of transformers 5's {', '.join(_BLOCKS)}", name, TypeError)
         _check_fixed(block)
-        weight = next(block.experts.parameters())
+        parameters = _renamed(dict(block.named_parameters()))
+        dtypes = sorted({str(p.dtype) for p in parameters.values()})
+        if len(dtypes) > 1:
+            checks.reject(_OP, "block", "have parameters of one dtype", " and ".join(dtypes), TypeError)
+        weight = block.experts.down_proj
         made = _BLOCKS[name](cls, block, {"device": weight.device, "dtype": weight.dtype})
         made.load_state_dict(block.state_dict())
+        for key, parameter in made.named_parameters():
+            parameter.requires_grad_(parameters[key].requires_grad)
         return made.train(block.training)
 
     def reset_parameters(self) -> None:
@@ -271,6 +297,7 @@ class MoE(torch.nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEAux]:
         checks.check_tensor(_OP, "x", x)
+        checks.check_dtype(_OP, "x", x)
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             checks.reject(_OP, "x", f"have shape (…, H) with H = {self.hidden_size}", checks.shape(x))
         tokens = x.reshape(-1, self.hidden_size)
@@ -284,7 +311,8 @@ class MoE(torch.nn.Module):
 
     def _within_capacity(self, indices: Tensor) -> Tensor:
         """The ids, but num_experts, which is nobody, of a slot that comes after its expert's last."""
-        capacity = math.ceil(self.capacity_factor * indices.numel() / self.num_experts)
+        capacity = -(-self._capacity.numerator * indices.numel() // (self._capacity.denominator * self.num_experts))
+        capacity = max(capacity, 1)  # of a share too small for its fraction
         _, inverse, offsets = moe_dispatch(indices, self.num_experts)
         starts = F.pad(offsets[:-1], (1, 0))
         place = inverse.view(indices.shape) - starts[indices]  # among the slots of its expert, which a stable sort keeps in order
@@ -297,7 +325,8 @@ class MoE(torch.nn.Module):
         else:
             probs = logits.sigmoid()
             probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
-        return MoEAux(moe_load_balancing_loss(probs, indices), moe_z_loss(logits), moe_expert_counts(indices, self.num_experts))
+        counts = moe_expert_counts(indices, self.num_experts)
+        return MoEAux(load_balancing_loss_of(probs, counts), moe_z_loss(logits), counts)
 
     def update_bias(self, expert_counts: Tensor, rate: float = 1e-3) -> None:
         """Move the selection bias by `rate` toward experts with fewer slots than the mean, in place: once a step, on the counts of all
@@ -311,21 +340,33 @@ class MoE(torch.nn.Module):
         return ", ".join([f"top_k={self.top_k}", f"capacity_factor={self.capacity_factor}", *shown])
 
 
-def _rename_router(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """gpt-oss calls it `router`."""
-    for key in [key for key in state_dict if key.startswith(f"{prefix}router.")]:
-        state_dict[f"{prefix}gate.{key.removeprefix(f'{prefix}router.')}"] = state_dict.pop(key)
+def _renamed(tensors: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """gpt-oss calls `router` what is `gate` here."""
+    router, gate = f"{prefix}router.", f"{prefix}gate."
+    return {gate + key.removeprefix(router) if key.startswith(router) else key: value for key, value in tensors.items()}
+
+
+def _adapt(module: MoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A transformers block's state_dict, in place: its router's name, and no shared expert of no size."""
+    renamed = _renamed(state_dict, prefix)
+    if module.shared_experts is None:
+        empty = [key for key, value in renamed.items() if key.startswith(f"{prefix}shared_experts.") and value.numel() == 0]
+        for key in empty:
+            del renamed[key]
+    state_dict.clear()
+    state_dict.update(renamed)
 
 
 def _check_fixed(block: Any) -> None:
     """What no option changes is in the block as it is in a layer."""
     experts = block.experts
-    for owner, name, fixed in ((experts, "alpha", 1.702), (experts, "limit", 7.0), (block, "jitter_noise", 0.0)):
+    for owner, name, fixed in ((experts, "alpha", ALPHA), (experts, "limit", LIMIT), (block, "jitter_noise", 0.0)):
         if (value := getattr(owner, name, fixed)) != fixed:
             checks.reject(_OP, "block", f"have {name} = {fixed}", value)
-    act_fn = type(getattr(experts, "act_fn", torch.nn.SiLU())).__name__
-    if act_fn not in ("SiLU", "SiLUActivation"):
-        checks.reject(_OP, "block", "have act_fn = SiLU", act_fn)
+    for owner in (experts, getattr(block, "shared_experts", None)):
+        act_fn = type(getattr(owner, "act_fn", torch.nn.SiLU())).__name__
+        if act_fn not in ("SiLU", "SiLUActivation"):
+            checks.reject(_OP, "block", "have act_fn = SiLU", act_fn)
 
 
 def _sizes(block: Any, router: Any) -> tuple[int, int, int, int]:

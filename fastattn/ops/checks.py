@@ -25,8 +25,8 @@ def reject(op: str, arg: str, must: str, got: object, error: type[Exception] = V
 def check_tensor(op: str, arg: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         reject(op, arg, "be a torch.Tensor", type(value).__name__, TypeError)
-    if value.is_nested:
-        reject(op, arg, "not be a nested tensor (pass packed tensors with cu_seqlens)", "a nested tensor", TypeError)
+    if value.is_nested or value.layout != torch.strided:
+        reject(op, arg, "be a dense tensor", "a nested one" if value.is_nested else value.layout, TypeError)
 
 
 def check_device(op: str, arg: str, value: torch.Tensor, owner: str, device: torch.device) -> None:
@@ -43,6 +43,8 @@ def check_like(op: str, arg: str, value: torch.Tensor, q: torch.Tensor, *, dtype
 
 
 def check_choice(op: str, arg: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        reject(op, arg, "be a str", type(value).__name__, TypeError)
     if value not in choices:
         reject(op, arg, f"be one of {', '.join(map(repr, choices))}", repr(value))
 
@@ -114,6 +116,12 @@ def check_broadcastable(op: str, arg: str, value: torch.Tensor, target: Sequence
         reject(op, arg, f"broadcast to {letters} = {tuple(target)}", dims)
 
 
+def check_bool(op: str, arg: str, value: object) -> None:
+    """A bool, or an int that serves as one."""
+    if not isinstance(value, (int, torch.SymBool)):
+        reject(op, arg, "be a bool", type(value).__name__, TypeError)
+
+
 def integer(op: str, arg: str, value: object, must: str) -> int:
     """A Python int, or whatever counts as one (numpy's, a 0-d tensor on the CPU, a compiler's symbol), but no bool."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
@@ -141,8 +149,7 @@ def check_scores(
     op: str, causal: object, window: object, softmax_scale: object, softcap: object
 ) -> tuple[int | None, int | None]:
     """The two sides of the window, causal among them, once all that shapes attention's scores is found to be as documented."""
-    if not isinstance(causal, (int, torch.SymBool)):
-        reject(op, "causal", "be a bool", type(causal).__name__, TypeError)
+    check_bool(op, "causal", causal)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         reject(op, "window", "be a pair (left, right)", window)
     left, right = (window_bound(op, "window", bound) for bound in window)

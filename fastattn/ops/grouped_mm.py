@@ -34,15 +34,20 @@ def _grouped_mm_fwd(x, w, offsets, bias, gather, scatter):
     return _implementation(x).grouped_mm_fwd(x, w, offsets, bias, gather, scatter)
 
 
-def _grouped_mm_bwd(dout, x, w, offsets, gather, scatter, wanted):
+def _grouped_mm_bwd(dout, x, w, offsets, gather, scatter, num_x_rows, wanted):
     if log.isEnabledFor(logging.INFO):
-        log.info("grouped_mm_bwd: x %s w %s gather %s scatter %s wanted %s", *map(describe, (x, w, gather, scatter)), wanted)
-    return _implementation(x).grouped_mm_bwd(dout, x, w, offsets, gather, scatter, wanted)
+        log.info("grouped_mm_bwd: dout %s x %s w %s gather %s scatter %s wanted %s", *map(describe, (dout, x, w, gather, scatter)), wanted)
+    return _implementation(dout).grouped_mm_bwd(dout, x, w, offsets, gather, scatter, num_x_rows, wanted)
 
 
-def _grouped_mm_bwd_fake(dout, x, w, offsets, gather, scatter, wanted):
-    shapes = x.shape, w.shape, w.shape[:2]
-    return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+def _grouped_mm_bwd_fake(dout, x, w, offsets, gather, scatter, num_x_rows, wanted):
+    want_x, want_w, want_bias = wanted
+    groups = offsets.shape[0], dout.shape[1]
+    return (
+        dout.new_empty((num_x_rows, w.shape[2]) if want_x else 0),
+        dout.new_empty((*groups, x.shape[1]) if want_w else 0),
+        dout.new_empty(groups if want_bias else 0),
+    )
 
 
 define(
@@ -51,8 +56,8 @@ define(
     lambda x, w, offsets, bias, gather, scatter: x.new_empty((x if gather is None else gather).shape[0], w.shape[1]),
 )
 define(
-    "grouped_mm_bwd(Tensor dout, Tensor x, Tensor w, Tensor offsets, Tensor? gather, Tensor? scatter, bool[] wanted) -> (Tensor dx, "
-    "Tensor dw, Tensor dbias)",
+    "grouped_mm_bwd(Tensor dout, Tensor? x, Tensor? w, Tensor offsets, Tensor? gather, Tensor? scatter, SymInt num_x_rows, "
+    "bool[] wanted) -> (Tensor dx, Tensor dw, Tensor dbias)",
     _grouped_mm_bwd,
     _grouped_mm_bwd_fake,
     torch_on_cuda=True,
@@ -65,8 +70,8 @@ def _grouped_mm_fwd_flops(x, w, offsets, bias, gather, scatter, **_) -> int:
 
 
 @register_flop_formula(torch.ops.fastattn.grouped_mm_bwd, get_raw=True)
-def _grouped_mm_bwd_flops(dout, x, w, offsets, gather, scatter, wanted, **_) -> int:
-    return 2 * dout.shape[0] * w.shape[1] * w.shape[2] * sum(wanted[:2])
+def _grouped_mm_bwd_flops(dout, x, w, offsets, gather, scatter, num_x_rows, wanted, **_) -> int:
+    return 2 * dout.numel() * sum(t.shape[-1] for t, want in zip((w, x), wanted[:2], strict=True) if want)
 
 
 @differentiable
@@ -78,13 +83,15 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, w, offsets, _, gather, scatter = inputs
-        ctx.save_for_backward(x, w, offsets, gather, scatter)
+        want_x, want_w, *_ = ctx.needs_input_grad
+        ctx.num_x_rows = x.shape[0]
+        ctx.save_for_backward(x if want_w else None, w if want_x else None, offsets, gather, scatter)
 
     @staticmethod
     def backward(ctx, dout):
         x, w, offsets, gather, scatter = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        grads = torch.ops.fastattn.grouped_mm_bwd(dout, x, w, offsets, gather, scatter, wanted)
+        grads = torch.ops.fastattn.grouped_mm_bwd(dout, x, w, offsets, gather, scatter, ctx.num_x_rows, wanted)
         dx, dw, dbias = once("grouped_mm", [g if want else None for g, want in zip(grads, wanted, strict=True)], dout, x, w)
         return dx, dw, None, dbias, None, None
 
@@ -168,8 +175,8 @@ def grouped_mm(
 
     Numerics: products are summed in fp32 and rounded once, bias included; float32 is multiplied as torch.get_float32_matmul_precision()
     says. Gradients reach x, w and bias: dw is 0 for an empty group, a gathered row's gradients are summed in fp32 in the order of r.
-    Nothing is added atomically: two runs are the same bit for bit. Under autocast x, w and bias are cast as for a linear layer. Double
-    backward and forward-mode AD raise NotImplementedError.
+    Nothing is added atomically: two runs are the same bit for bit. Under autocast x, w and bias are cast as for a linear layer, at every
+    call. Double backward and forward-mode AD raise NotImplementedError. x is kept for the backward only if w wants a gradient.
 
     Raises:
         TypeError: a dtype or type that is not as above. ValueError: anything else.

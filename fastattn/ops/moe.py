@@ -19,11 +19,12 @@ from fastattn.cpu import moe as cpu
 from . import checks
 from .dispatch import describe, log, runs_kernels
 from .grouped_mm import check_bias, check_matrices
-from .moe_routing import MAX_EXPERTS, moe_dispatch
-from .operator import apply, autocast, define, differentiable, once, wants_gradient
+from .moe_routing import MAX_EXPERTS, check_ids, moe_dispatch
+from .operator import apply, autocast, define, differentiable, may_record, once
 
 ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 LAYOUTS = ("concatenated", "interleaved")
+ALPHA, LIMIT = cpu.ALPHA, cpu.LIMIT  # of "clamped_swiglu"
 
 
 def _implementation(t: Tensor):
@@ -48,14 +49,14 @@ def _moe_fwd_fake(x, order, inverse, offsets, weights, gate_up_proj, down_proj, 
 
 def _moe_bwd(dout, x, order, inverse, offsets, weights, gate_up_proj, *rest):
     if log.isEnabledFor(logging.INFO):
-        log.info("moe_bwd: x %s weights %s gate_up_proj %s wanted %s", *map(describe, (x, weights, gate_up_proj)), rest[-1])
-    return _implementation(x).moe_bwd(dout, x, order, inverse, offsets, weights, gate_up_proj, *rest)
+        log.info("moe_bwd: dout %s weights %s gate_up_proj %s wanted %s", *map(describe, (dout, weights, gate_up_proj)), rest[-1])
+    return _implementation(dout).moe_bwd(dout, x, order, inverse, offsets, weights, gate_up_proj, *rest)
 
 
 def _moe_bwd_fake(dout, x, order, inverse, offsets, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, *rest):
-    tensors = x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias
+    tensors = dout, weights, gate_up_proj, down_proj, gate_up_bias, down_bias
     return tuple(
-        x.new_empty(0 if t is None or not want else t.shape, dtype=torch.float32 if t is weights else x.dtype)
+        dout.new_empty(0 if t is None or not want else t.shape, dtype=torch.float32 if t is weights else dout.dtype)
         for t, want in zip(tensors, rest[-1], strict=True)
     )
 
@@ -67,8 +68,8 @@ _INPUTS = (
 _OPTIONS = "str activation, str layout, bool transposed"
 define(f"moe_fwd({_INPUTS}, {_OPTIONS}, bool keep) -> (Tensor out, Tensor pre)", _moe_fwd, _moe_fwd_fake)
 define(
-    f"moe_bwd(Tensor dout, {_INPUTS}, Tensor pre, {_OPTIONS}, bool[] wanted) -> (Tensor dx, Tensor dweights, Tensor dgate_up_proj, "
-    "Tensor ddown_proj, Tensor dgate_up_bias, Tensor ddown_bias)",
+    f"moe_bwd(Tensor dout, {_INPUTS}, Tensor pre, {_OPTIONS}, bool[] wanted) -> (Tensor dx, Tensor dweights, "
+    "Tensor dgate_up_proj, Tensor ddown_proj, Tensor dgate_up_bias, Tensor ddown_bias)",
     _moe_bwd,
     _moe_bwd_fake,
     torch_on_cuda=True,
@@ -163,8 +164,8 @@ def moe(
 
     Numerics: products are summed in fp32, activations computed in fp32; the pre-activation where it is kept, the activation and a row's
     output are rounded to x's dtype, the weighted sum is in fp32 in the order of k. Gradients reach x, top_k_weights, both projections and
-    both biases; an expert without tokens has gradients of 0. Under autocast x, projections and biases are cast as for a linear layer.
-    Double backward and forward-mode AD raise NotImplementedError.
+    both biases; an expert without tokens has gradients of 0. Under autocast x, projections and biases are cast as for a linear layer, at
+    every call. Double backward and forward-mode AD raise NotImplementedError.
 
     Raises:
         TypeError: a dtype or type that is not as above. ValueError: anything else.
@@ -185,6 +186,7 @@ def moe(
         checks.reject(op, "x", "have shape (T, H) with H of 1 or more", checks.shape(x))
     checks.check_choice(op, "activation", activation, ACTIVATIONS)
     checks.check_choice(op, "layout", layout, LAYOUTS)
+    checks.check_bool(op, "transposed", transposed)
     hidden_size, letters = x.shape[1], "(E, H, 2·I)" if transposed else "(E, 2·I, H)"
     check_matrices(op, "gate_up_proj", gate_up_proj, x, letters)
     num_experts, rows, cols = gate_up_proj.shape
@@ -200,7 +202,7 @@ def moe(
         checks.reject(op, "down_proj", f"have shape {letters} = {expected} to match gate_up_proj", checks.shape(down_proj))
     check_bias(op, "gate_up_bias", gate_up_bias, x, (num_experts, rows), "(E, 2·I)")
     check_bias(op, "down_bias", down_bias, x, (num_experts, hidden_size), "(E, H)")
-    checks.check_tensor(op, "top_k_index", top_k_index)
+    check_ids(op, "top_k_index", top_k_index)
     checks.check_tensor(op, "top_k_weights", top_k_weights)
     checks.check_dtype(op, "top_k_weights", top_k_weights)
     for arg, t in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
@@ -211,5 +213,5 @@ def moe(
         checks.reject(op, "top_k_weights", f"have top_k_index's shape {checks.shape(top_k_index)}", checks.shape(top_k_weights))
     plan = moe_dispatch(top_k_index, num_experts)
     tensors = x, top_k_weights.float(), gate_up_proj, down_proj, gate_up_bias, down_bias
-    out, _ = apply(op, _MoE, *tensors, *plan, activation, layout, bool(transposed), wants_gradient(*tensors))
+    out, _ = apply(op, _MoE, *tensors, *plan, activation, layout, bool(transposed), may_record(*tensors))
     return out

@@ -61,14 +61,14 @@ def _moe_route_bwd(dweights: Tensor, logits: Tensor, indices: Tensor, *options) 
 def _moe_dispatch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     if log.isEnabledFor(logging.INFO):
         log.info("moe_dispatch: indices %s num_experts=%d", describe(indices), num_experts)
-    _check_ids("moe_dispatch", indices)
+    _check_id_values("moe_dispatch", indices)
     return _implementation(indices).moe_dispatch(indices, num_experts)
 
 
 def _moe_expert_counts(indices: Tensor, num_experts: int) -> Tensor:
     if log.isEnabledFor(logging.INFO):
         log.info("moe_expert_counts: indices %s num_experts=%d", describe(indices), num_experts)
-    _check_ids("moe_expert_counts", indices)
+    _check_id_values("moe_expert_counts", indices)
     return _implementation(indices).moe_expert_counts(indices, num_experts)
 
 
@@ -216,14 +216,19 @@ def _between(op: str, arg: str, value: object, least: int, most: int, why: str =
     return value
 
 
+def check_ids(op: str, arg: str, ids: Tensor) -> None:
+    """Expert ids, whatever they are."""
+    checks.check_tensor(op, arg, ids)
+    if ids.dtype not in (torch.int32, torch.int64):
+        checks.reject(op, arg, "be int32 or int64", ids.dtype, TypeError)
+
+
 def _check_indices(op: str, indices: Tensor, num_experts: object) -> int:
-    checks.check_tensor(op, "indices", indices)
-    if indices.dtype not in (torch.int32, torch.int64):
-        checks.reject(op, "indices", "be int32 or int64", indices.dtype, TypeError)
+    check_ids(op, "indices", indices)
     return _between(op, "num_experts", num_experts, 1, MAX_EXPERTS)
 
 
-def _check_ids(op: str, indices: Tensor) -> None:
+def _check_id_values(op: str, indices: Tensor) -> None:
     """Read the ids (this synchronises on CUDA): none is negative."""
     if checks_values(indices) and indices.numel() and (least := indices.min().item()) < 0:
         checks.reject(op, "indices", "hold ids of 0 or more (those of num_experts or more are nobody's)", least)
@@ -386,9 +391,13 @@ def moe_load_balancing_loss(probs: Tensor, indices: Tensor) -> Tensor:
     checks.check_device(op, "indices", indices, "probs'", probs.device)
     if indices.dim() != 2 or indices.shape[0] != num_tokens:
         checks.reject(op, "indices", f"have shape (T, K) with T = {num_tokens}", checks.shape(indices))
-    counts = torch.ops.fastattn.moe_expert_counts(indices, num_experts)
-    scale = num_experts / max(num_tokens, 1) ** 2
-    return (counts.float() * probs.sum(0, dtype=torch.float32)).sum() * scale
+    return load_balancing_loss_of(probs, torch.ops.fastattn.moe_expert_counts(indices, num_experts))
+
+
+def load_balancing_loss_of(probs: Tensor, counts: Tensor) -> Tensor:
+    """`moe_load_balancing_loss` where `moe_expert_counts` is known."""
+    num_tokens, num_experts = probs.shape
+    return (counts.float() * probs.sum(0, dtype=torch.float32)).sum() * (num_experts / max(num_tokens, 1) ** 2)
 
 
 def moe_z_loss(logits: Tensor) -> Tensor:

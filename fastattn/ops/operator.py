@@ -54,19 +54,27 @@ def differentiable(function: type[torch.autograd.Function]) -> type[torch.autogr
 def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)` where a gradient is wanted, else its forward alone: a Function costs as much again.
 
-    Raises: NotImplementedError under forward-mode AD.
+    Raises: NotImplementedError under forward-mode AD, and where torch.compile traces a torch.func transform: it would differentiate the
+    forward, which has no derivative of its own, and give gradients of 0.
     """
+    if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(f"fastattn.{op}: torch.func transforms are not supported within torch.compile")
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
             f"fastattn.{op}: forward-mode AD is not supported; use fastattn.reference.{op}"
         )
-    return function.apply(*args) if wants_gradient(*tensors) else function.forward(*args)
+    return function.apply(*args) if may_record(*tensors) else function.forward(*args)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def may_record(*tensors: Tensor | None) -> bool:
+    """Whether autograd records, or may: within a torch.func transform a tensor does not say that a gradient of it is wanted outside."""
+    return wants_gradient(*tensors) or (torch.is_grad_enabled() and torch._C._are_functorch_transforms_active())
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

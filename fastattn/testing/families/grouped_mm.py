@@ -1,36 +1,59 @@
 """The grouped product's cards, by the inner dim's size: "plain" as matrices lie; "gathered" through row numbers on both sides, with bias;
-"few" and "some" rows a group. The backward's are those of the product the other way round, and of the sum over rows."""
+"few" and "some" rows a group; "odd" and "odd_few", of sizes that no descriptor and no vector load fits; "limit" and "limit_few", as many
+groups as there may be. The backward's are those of the product the other way round, and of the sum over rows."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import torch
 
 from fastattn.kernels.grouped_mm import grouped_mm_bwd, grouped_mm_fwd
 from fastattn.kernels.grouped_tiles import FEW, SHALLOW, SOME, GroupedConfig, pick_grouped_config
+from fastattn.ops.grouped_mm import MAX_GROUPS
 
-from . import Card, Family, Job
+from . import PARTS, SHARED_MEMORY_LIMITS, Card, Family, Job
 
+RESERVED = 1024  # bytes of shared memory that the system takes of each program's, and of a multiprocessor's beyond a program's limit
 LAUNCHERS = {"grouped_mm_fwd": grouped_mm_fwd, "grouped_mm_bwd": grouped_mm_bwd}
-ROWS = {"plain": 256, "gathered": 256, "few": FEW, "some": SOME}  # a group
-GROUPS = 8
+
+
+class Case(NamedTuple):
+    """What flags stand for: how many rows a group has, how many groups there are, and how far sizes are from the table's."""
+
+    rows: int = 256
+    groups: int = 8
+    less: int = 0
+
+
+CASES = {
+    "plain": Case(), "gathered": Case(), "few": Case(FEW), "some": Case(SOME), "odd": Case(less=1), "odd_few": Case(FEW, less=1),
+    "limit": Case(groups=MAX_GROUPS), "limit_few": Case(FEW, groups=MAX_GROUPS),
+}  # fmt: skip
+
+
+def matrices(num_groups: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """(E, N, K), contiguous to all that choose a kernel; they overlap, for thousands would fill a machine."""
+    apart = 8 if cols % 8 == 0 else 1
+    return torch.zeros(rows * cols + apart * num_groups, dtype=dtype).as_strided((num_groups, rows, cols), (apart, cols, 1))
 
 
 def launch(job: Job, **override: Any) -> None:
-    num_rows = GROUPS * ROWS[job.flags]
-    x, w = torch.zeros(num_rows, job.size, dtype=job.dtype), torch.zeros(GROUPS, job.size, job.size, dtype=job.dtype)
-    offsets, numbers = torch.zeros(GROUPS, dtype=torch.int32), torch.zeros(num_rows, dtype=torch.int64)
+    case = CASES[job.flags]
+    num_rows, size = case.groups * case.rows, job.size - case.less
+    x, w = torch.zeros(num_rows, size, dtype=job.dtype), matrices(case.groups, size, size, job.dtype)
+    offsets, numbers = torch.zeros(case.groups, dtype=torch.int32), torch.zeros(num_rows, dtype=torch.int64)
     gathered = job.flags == "gathered"
     where = (numbers, numbers) if gathered else (None, None)
     if job.launcher == "grouped_mm_fwd":
-        grouped_mm_fwd(x, w, offsets, w[:, 0] if gathered else None, *where, **override)
+        grouped_mm_fwd(x, w, offsets, w[:, :, 0] if gathered else None, *where, **override)
     else:
-        grouped_mm_bwd(x, x, w, offsets, *where, [True] * 3, **override)
+        grouped_mm_bwd(x, x, w, offsets, *where, num_rows, [True] * 3, **override)
 
 
-def config(job: Job, kernel: str, rows: int) -> GroupedConfig:
-    return pick_grouped_config(kernel, job.capability, job.shared_memory, job.dtype.itemsize, rows, job.size)
+def config(job: Job, kernel: str, case: Case) -> GroupedConfig:
+    return pick_grouped_config(kernel, job.capability, job.shared_memory, job.dtype.itemsize, case.rows, job.size, case.less == 0)
 
 
 def tile(config: GroupedConfig) -> str:
@@ -43,7 +66,7 @@ def tiles(job: Job) -> dict[str, str]:
     kernels = {"grouped_mm": "product"}
     if job.launcher == "grouped_mm_bwd":
         kernels["grouped_mm_weight"] = "weight_gathered" if job.flags == "gathered" else "weight"
-    return {kernel: tile(config(job, found, ROWS[job.flags])) for kernel, found in kernels.items()}
+    return {kernel: tile(config(job, found, CASES[job.flags])) for kernel, found in kernels.items()}
 
 
 def named(job: Job, launched: Any) -> tuple[str, str] | None:
@@ -52,13 +75,19 @@ def named(job: Job, launched: Any) -> tuple[str, str] | None:
 
 
 def rules(name: str, card: Card) -> list[str]:
-    """No spills; the part's own matrix instruction, and TMA loads where the tile says so."""
+    """No spills (of as many groups as there may be, none in the loop); room for as many programs together as the tile says; the part's
+    own matrix instruction, and TMA loads where it says so."""
     kernel, _, part, dtype_class, _, flags = name.split()
-    wrong = [f"{card['stack']} bytes of spills where none are allowed"] if card["stack"] > 0 else []
+    spills = card["hot_loop_local"] if flags.startswith("limit") else card["stack"]
+    wrong = [f"{card['stack']} bytes of spills where none are allowed"] if spills else []
     if not card["config"]:
         return wrong
+    resident = int(re.search(r" x(\d+)", card["config"])[1])
+    room = SHARED_MEMORY_LIMITS[PARTS[part]] + RESERVED
+    if resident * (card["shared"] + RESERVED) > room:
+        wrong.append(f"{resident} programs of {card['shared']} bytes of shared memory are over {part}'s {room}")
     if dtype_class == "half":
-        instruction = {"sm90": "HGMMA", "sm100": "UTCHMMA"}.get(part, "HMMA") if flags != "few" else "HMMA"
+        instruction = {"sm90": "HGMMA", "sm100": "UTCHMMA"}.get(part, "HMMA") if not flags.endswith("few") else "HMMA"
         if card["mma"].get(instruction, 0) == 0:
             wrong.append(f"no {instruction}, the matrix instructions are {card['mma']}")
         if "tma" in card["config"].split() and card["tma"] == 0 and not (kernel == "grouped_mm_weight" and flags == "gathered"):
@@ -70,7 +99,7 @@ FAMILY = Family(
     launchers=LAUNCHERS,
     launch=launch,
     sizes=dict.fromkeys(LAUNCHERS, (SHALLOW, 2 * SHALLOW)),
-    flags={"grouped_mm_fwd": tuple(ROWS), "grouped_mm_bwd": ("plain", "gathered")},
+    flags={"grouped_mm_fwd": tuple(CASES), "grouped_mm_bwd": ("plain", "gathered", "odd")},
     tiles=tiles,
     named=named,
     rules=rules,
