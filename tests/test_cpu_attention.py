@@ -12,6 +12,7 @@ import torch
 
 from fastattn import reference
 from fastattn.cpu import attention as cpu
+from fastattn.cpu import extension
 from fastattn.testing.budget import check_budget
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -329,7 +330,9 @@ def test_kept_weights_say_what_was_dropped():
     torch.testing.assert_close(weights.abs(), want)
 
 
-def test_weights_are_kept_of_short_calls_alone():
+def test_weights_are_kept_of_short_calls_alone(monkeypatch):
+    monkeypatch.setattr(extension, "_found", set())
+
     def keeps(
         seqlen, dtype=torch.float32, heads=8, slopes=None, cu=None, left=None, right=None, softcap=0.0, p=0.0,
         bias_grad=False,
@@ -344,6 +347,10 @@ def test_weights_are_kept_of_short_calls_alone():
         assert keeps(256, right=0, **wants) and not keeps(257, right=0, **wants) and not keeps(257, left=9, **wants)
         assert not keeps(8, cu=torch.tensor([0, 8]), **wants)
     assert not keeps(8) and not keeps(8, torch.float64)  # torch's fused op does both directions
+
+    monkeypatch.setattr(extension, "_found", {"attention_fwd_cpp"})  # whose backward needs none
+    assert not keeps(8, softcap=5.0) and not keeps(256, p=0.1) and keeps(257, p=0.1)
+    assert keeps(8, torch.float64, softcap=5.0) and keeps(8, softcap=5.0, bias_grad=True)
 
 
 def test_memory_is_linear_in_the_length():

@@ -1,7 +1,8 @@
 """Attention on the CPU, forward and backward, in memory linear in the sequence lengths.
 
-Two ways, told apart by `_fused_fits`. Where only additive terms come between q k^T and the softmax, torch's fused CPU
-op does the work: in one call, or in one a chunk of rows where a mask has to be made for it. Otherwise each chunk is
+Three ways. Where only additive terms come between q k^T and the softmax (`_fused_fits`), torch's fused CPU
+op does the work: in one call, or in one a chunk of rows where a mask has to be made for it. What else short sequences
+have (`_compiled_fits`), csrc/cpu/attention.cpp does where it is built, forward and backward. Otherwise each chunk is
 three plain steps, scores, softmax and the product with v. The backward repeats the first two before its own, unless the
 forward was told to keep its weights: then the whole call is one chunk. Either way about `_CHUNK_ELEMENTS` scores or mask
 entries exist at a time, and only of keys that some row of the chunk can see.
@@ -16,6 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from . import extension
+
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -24,6 +27,17 @@ _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _CHUNK_ELEMENTS = 1 << 20
 _CHUNK_ROWS = 256  # aimed at: fewer waste the matmuls' blocking, more waste work on scores that a window masks
 _FUSED_MIN_ROWS = 32  # the fused op's own smallest block of rows
+_COMPILED_ELEMENTS = 1 << 16  # of a head's scores (with those that share its keys): more, and torch's large products win
+
+_OF_COMPILED = (
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed{}, int? window_left, int? window_right, float softmax_scale, float softcap, "
+    "float dropout_p"
+)
+extension.define(f"attention_fwd_cpp(Tensor q, Tensor k, Tensor v, {_OF_COMPILED.format('')}) -> (Tensor out, Tensor lse)")
+extension.define(
+    f"attention_bwd_cpp(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_OF_COMPILED.format(', Tensor lse')}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor delta)"
+)
 
 
 class _Mask(NamedTuple):
@@ -72,6 +86,8 @@ def keeps_weights(
     elements = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
     if cu_seqlens_q is not None or elements * product_dtype(q, k).itemsize > 4 * _CHUNK_ELEMENTS:
         return False
+    if not bias_grad and _compiled_fits(q, k, None, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
+        return False
     if q.shape[1] > _CHUNK_ROWS and not (window_left is None and window_right is None):
         return False
     return not (_fused_fits(alibi_slopes, softcap, dropout_p) and _fused_backward_fits(q.dtype, bias_grad))
@@ -104,6 +120,10 @@ def attention_fwd(
     (H, T), float32 (float64 for float64 inputs). Accumulates in float32. With keep_weights, which dense calls may ask for
     where `keeps_weights` says so: the weights, (B, H, S_q, S_k) in `product_dtype`, dropped ones with a minus sign.
     """
+    if not keep_weights and _compiled_fits(q, k, attn_bias, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
+        tensors = *map(_with_rows, (q, k, v)), _small(alibi_slopes), _small(sinks), dropout_seed
+        options = window_left, window_right, softmax_scale, softcap, _resolved(dropout_p)
+        return *torch.ops.fastattn.attention_fwd_cpp(*tensors, *options), None
     unmodified = cu_seqlens_q is None and sinks is None and softcap == dropout_p == 0 and not keep_weights
     causal = _one_call(q, k, v, attn_bias, alibi_slopes, window_left, window_right) if unmodified else None
     if causal is not None:
@@ -161,6 +181,12 @@ def attention_bwd(
     dout and dlse have out's and lse's shapes and any strides; dlse may be None, and so may weights. dbias (attn_bias's shape and dtype) is
     computed where ``bias_grad``; dsinks (sinks' dtype) where sinks are given.
     """
+    if weights is None and _compiled_fits(q, k, attn_bias, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
+        dq, dk, dv, delta = torch.ops.fastattn.attention_bwd_cpp(
+            _with_rows(dout), _small(dlse), *map(_with_rows, (q, k, v)), _small(alibi_slopes), _small(sinks), dropout_seed, lse,
+            window_left, window_right, softmax_scale, softcap, _resolved(dropout_p),
+        )  # fmt: skip
+        return dq, dk, dv, None, None if sinks is None else _sinks_gradient(sinks, lse, delta, dlse)
     fusable = weights is None and dlse is None and _fused_backward_fits(q.dtype, bias_grad)
     unmodified = cu_seqlens_q is None and sinks is None and softcap == dropout_p == 0
     causal = _one_call(q, k, v, attn_bias, alibi_slopes, window_left, window_right) if fusable and unmodified else None
@@ -190,12 +216,32 @@ def attention_bwd(
             )  # fmt: skip
     if dbias is not None:
         dbias = dbias.to(attn_bias.dtype)
-    if sinks is None:
-        return dq, dk, dv, dbias, None
-    # A sink has a share of every row's sum, and no value.
-    share = _exp_difference(sinks.to(accumulate)[:, None], lse)
+    return dq, dk, dv, dbias, None if sinks is None else _sinks_gradient(sinks, lse, delta, dlse)
+
+
+def _sinks_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
+    """A sink has a share of every row's sum, and no value."""
+    share = _exp_difference(sinks.to(lse.dtype)[:, None], lse)
     dsinks = share * (-delta if dlse is None else dlse - delta)
-    return dq, dk, dv, dbias, dsinks.transpose(-1, -2).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
+    return dsinks.transpose(-1, -2).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
+
+
+def _compiled_fits(q, k, bias, slopes, cu_seqlens_q, softcap: float, dropout_p: float) -> bool:
+    """Whether a call is short, dense, and of what neither torch's fused op nor its products do as well."""
+    if _fused_fits(slopes, softcap, dropout_p) or bias is not None or cu_seqlens_q is not None or q.dtype == torch.float64:
+        return False
+    (_, seqlen_q, num_heads, _), (_, seqlen_k, num_kv_heads, _) = q.shape, k.shape
+    if min(q.numel(), k.numel()) == 0 or seqlen_q * num_heads // num_kv_heads * seqlen_k > _COMPILED_ELEMENTS:
+        return False
+    return extension.available("attention_fwd_cpp")
+
+
+def _with_rows(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _small(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.float().contiguous()
 
 
 def dropout_keep(

@@ -1,4 +1,5 @@
-"""Paged attention on the CPU: `cpu.attention` over a bounded number of keys at a time, and the running merge of what that gives.
+"""Paged attention on the CPU. Few queries, as decoding has them, are csrc/cpu/paged_attention.cpp's where it is built, which reads each key
+and value once, where it lies. Otherwise `cpu.attention` over a bounded number of keys at a time, and the running merge of what that gives.
 
 Sequences with equally many queries go together, as many as make a chunk; a chunk of keys is read from their pages, attended to by a
 chunk of the queries, and let go. So the memory used is a few chunks, however long the sequences. A chunk that lies in one page of one
@@ -16,12 +17,21 @@ import torch
 from torch import Tensor
 
 from . import attention as dense
+from . import extension
 
 _CHUNK_ELEMENTS = 1 << 19  # of keys, and as many of values: what a core's cache holds, between being gathered and being read
 _CHUNK_KEYS = 512  # at least: fewer, and the fixed cost of a chunk shows
 _CHUNK_KEYS_AT_MOST = 4096
 _CHUNK_SCORES = 1 << 20  # that a bias is made for, of all rows, keys, and with ALiBi heads
+_COMPILED_ROWS = 64  # up to so many queries times heads of a group; of more, torch's products take no longer
 _FOLDED_ROWS = 128  # up to so many, the heads of a group become rows of one product over the keys they share
+
+
+extension.define(
+    "paged_attention_cpp(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seqlens_k, Tensor? cu_seqlens_q, "
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? leftpad, int max_seqlen_q, int? window_left, "
+    "int? window_right, float softmax_scale, float softcap) -> (Tensor out, Tensor lse)"
+)
 
 
 class _Options(NamedTuple):
@@ -54,6 +64,12 @@ def paged_attention(
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
     """The operator's contract on CPU tensors; page ids that count are taken to be valid. num_splits changes nothing here."""
+    if extension.available("paged_attention_cpp") and max_seqlen_q * (q.shape[-2] // k_cache.shape[2]) <= _COMPILED_ROWS:
+        floats = (None if t is None else t.float().contiguous() for t in (alibi_slopes, sinks, k_scale, v_scale))
+        return torch.ops.fastattn.paged_attention_cpp(
+            q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, *floats, leftpad, max_seqlen_q, window_left, window_right,
+            softmax_scale, softcap,
+        )  # fmt: skip
     packed, num_heads, page_size = cu_seqlens_q is not None, q.shape[-2], k_cache.shape[1]
     pads = [0] * len(seqlens_k) if leftpad is None else leftpad.tolist()
     seqlens = [length - pad for length, pad in zip(seqlens_k.tolist(), pads, strict=True)]

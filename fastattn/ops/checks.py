@@ -169,6 +169,8 @@ def resolved_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
 
 def check_number(op: str, arg: str, value: object) -> None:
     """A Python number (or a compiler's symbolic one). Not a tensor: reading it would synchronise and drop its gradient."""
+    if type(value) in (float, int):  # as nearly always; an abstract class takes a microsecond to ask
+        return
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
         reject(op, arg, "be a Python number", type(value).__name__, TypeError)
 

@@ -8,12 +8,12 @@ gradients to `once`: both forward-mode AD and a gradient of a gradient then rais
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from . import checks
@@ -33,6 +33,8 @@ def define(schema: str, implementation: Callable, fake: Callable, *, torch_on_cu
     @functools.wraps(implementation)
     def alone(*args: Any) -> Any:
         # Of steps in torch's own ops, autograd would record each under create_graph, and autocast round some to half precision.
+        if not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+            return implementation(*args)
         with torch.no_grad(), torch._C._DisableAutocast():
             return implementation(*args)
 
@@ -42,12 +44,8 @@ def define(schema: str, implementation: Callable, fake: Callable, *, torch_on_cu
 
 
 def differentiable(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """A class decorator: gives the Function a vmap rule, and its forward a signature worked out once.
-
-    `Function.apply` asks for the signature at every call, and working it out takes longer than everything else it does.
-    """
+    """A class decorator: gives the Function a vmap rule. To be called through `apply`, with all arguments in their places."""
     function.generate_vmap_rule = True
-    function.forward.__signature__ = inspect.signature(function.forward)
     return function
 
 
@@ -64,12 +62,21 @@ def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
         raise NotImplementedError(
             f"fastattn.{op}: forward-mode AD is not supported; use fastattn.reference.{op}"
         )
-    return function.apply(*args) if may_record(*tensors) else function.forward(*args)
+    if not may_record(*tensors):
+        return function.forward(*args)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # What torch's own `apply` comes to here; but it first matches arguments to the signature, for longer than all else takes.
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator would take longer than the question
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def may_record(*tensors: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ groups as there may be. The backward's are those of the product the other way ro
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -33,16 +34,18 @@ CASES = {
 }  # fmt: skip
 
 
-def matrices(num_groups: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    """(E, N, K), contiguous to all that choose a kernel; they overlap, for thousands would fill a machine."""
-    apart = 8 if cols % 8 == 0 else 1
-    return torch.zeros(rows * cols + apart * num_groups, dtype=dtype).as_strided((num_groups, rows, cols), (apart, cols, 1))
+def overlapping(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows (R, K) or matrices (E, N, K) that are as good as contiguous to all that choose a kernel, but for the first dim's stride: that
+    many would fill a machine."""
+    first, *rest = shape
+    apart, strides = 8 if shape[-1] % 8 == 0 else 1, (shape[-1], 1)[-len(rest) :]
+    return torch.zeros(math.prod(rest) + apart * first, dtype=dtype).as_strided(shape, (apart, *strides))
 
 
 def launch(job: Job, **override: Any) -> None:
     case = CASES[job.flags]
     num_rows, size = case.groups * case.rows, job.size - case.less
-    x, w = torch.zeros(num_rows, size, dtype=job.dtype), matrices(case.groups, size, size, job.dtype)
+    x, w = overlapping(num_rows, size, dtype=job.dtype), overlapping(case.groups, size, size, dtype=job.dtype)
     offsets, numbers = torch.zeros(case.groups, dtype=torch.int32), torch.zeros(num_rows, dtype=torch.int64)
     gathered = job.flags == "gathered"
     where = (numbers, numbers) if gathered else (None, None)

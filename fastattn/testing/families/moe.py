@@ -12,7 +12,7 @@ from fastattn.kernels.moe import moe_bwd, moe_fwd
 from fastattn.ops.moe_routing import MAX_EXPERTS
 
 from . import Family, Job, grouped_mm
-from .grouped_mm import Case
+from .grouped_mm import Case, overlapping
 
 LAUNCHERS = {"moe_fwd": moe_fwd, "moe_bwd": moe_bwd}
 TOP_K = 2
@@ -27,19 +27,19 @@ KERNELS = {"moe_up": "gated", "grouped_mm": "product", "moe_down_bwd": "gated_bw
 def launch(job: Job, **override: Any) -> None:
     case, dtype = CASES[job.flags], job.dtype
     experts, num_rows, size = case.groups, case.groups * case.rows, job.size - case.less
-    x, weights = torch.zeros(num_rows // TOP_K, size, dtype=dtype), torch.zeros(num_rows // TOP_K, TOP_K)
+    x, weights = overlapping(num_rows // TOP_K, size, dtype=dtype), torch.zeros(num_rows // TOP_K, TOP_K)
     plan = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64), torch.zeros(experts, dtype=torch.int32)
-    gate_up, down = grouped_mm.matrices(experts, 2 * size, size, dtype), grouped_mm.matrices(experts, size, size, dtype)
+    gate_up, down = (overlapping(experts, *dims, dtype=dtype) for dims in ((2 * size, size), (size, size)))
     biases: tuple[torch.Tensor | None, ...] = (None, None)
     options = ("swiglu", "concatenated", False)
     if job.flags == "all":
-        gate_up = grouped_mm.matrices(experts, size, 2 * size, dtype)
+        gate_up = overlapping(experts, size, 2 * size, dtype=dtype)
         biases, options = (gate_up[:, :, 0], down[:, :, 0]), ("clamped_swiglu", "interleaved", True)
     if job.launcher == "moe_fwd":
         keep = job.flags in ("plain", "all")
         moe_fwd(x, *plan, weights, gate_up, down, *biases, *options, keep, **override)
     else:
-        pre = torch.zeros(num_rows, 2 * size, dtype=dtype)
+        pre = overlapping(num_rows, 2 * size, dtype=dtype)
         wanted = [True, True, few_experts := experts == Case().groups, few_experts, True, True]  # gradients of many would fill a machine
         moe_bwd(x, x, *plan, weights, gate_up, down, *biases, pre, *options, wanted, **override)
 

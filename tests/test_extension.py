@@ -1,0 +1,247 @@
+"""The compiled CPU operators beside the torch code that stands in for them; their instruction sets, sanitizers, and life without them.
+
+What they compute is held to float64 by the tests of their ops, which run on them wherever they are built.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.cpu import attention, extension, paged_attention
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = pytest.mark.skipif(extension.why_not is not None, reason=f"compiled CPU operators: {extension.why_not}")
+
+
+@pytest.fixture
+def both_ways(monkeypatch):
+    """call(f, …) as it is, and without the compiled operators; the first one has to have had them."""
+
+    def call(f, *args, **kwargs):
+        compiled = f(*args, **kwargs)
+        with monkeypatch.context() as without:
+            without.setattr(extension, "_found", set())
+            return compiled, f(*args, **kwargs)
+
+    return call
+
+
+def close(compiled, plain, dtype=torch.float32):
+    bound = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for mine, theirs in zip(compiled, plain, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            finite = theirs[theirs.isfinite()].float()
+            most = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
+            torch.testing.assert_close(mine.float(), theirs.float(), rtol=bound, atol=bound * most)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention of short sequences.
+
+ALIBI = torch.tensor([0.5, 0.25, 0.125, 0.7])
+OPTIONS = {
+    "softcap": dict(softcap=5.0),
+    "dropout": dict(dropout_p=0.3),
+    "both": dict(softcap=5.0, dropout_p=0.5),
+    "alibi": dict(alibi_slopes=ALIBI),
+    "alibi of each": dict(alibi_slopes=ALIBI * torch.tensor([[1.0], [2.0]])),
+    "all": dict(softcap=5.0, dropout_p=0.1, alibi_slopes=ALIBI, sinks=torch.tensor([0.1, -1.0, 2.0, 0.0])),
+}
+# (S_q, S_k, D, D_v)
+SIZES = [(1, 1, 1, 1), (16, 16, 64, 64), (3, 70, 40, 33), (70, 3, 33, 40), (45, 45, 8, 96), (33, 34, 100, 7)]
+WINDOWS = [(None, None), (None, 0), (5, 2), (2, -1)]
+
+
+def attend(sizes, dtype=torch.float32, kv_heads=2, left=None, right=None, softcap=0.0, dropout_p=0.0, alibi_slopes=None, sinks=None):
+    """out, lse and gradients, of both outputs."""
+    torch.manual_seed(1)
+    seqlen_q, seqlen_k, dim, dim_v = sizes
+    q, k = (torch.randn(2, *shape).to(dtype) for shape in ((seqlen_q, 4, dim), (seqlen_k, kv_heads, dim)))
+    v, dout = (torch.randn(2, *shape).to(dtype) for shape in ((seqlen_k, kv_heads, dim_v), (seqlen_q, 4, dim_v)))
+    seed = torch.tensor([1234567890123456789]) if dropout_p else None
+    inputs = q, k, v, None, alibi_slopes, sinks, seed, None, None
+    options = seqlen_q, seqlen_k, left, right, dim**-0.5, softcap, dropout_p
+    out, lse, _ = attention.attention_fwd(*inputs, *options)
+    grads = attention.attention_bwd(dout, torch.randn(lse.shape), *inputs, out, lse, None, *options, False)
+    return out, lse, *grads
+
+
+@BUILT
+@pytest.mark.parametrize("left, right", WINDOWS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attention_is_what_torch_makes_of_it(name, left, right, both_ways):
+    for sizes in SIZES:
+        close(*both_ways(attend, sizes, left=left, right=right, **OPTIONS[name]))
+
+
+@BUILT
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_attention_in_half_precision_and_of_shared_heads(dtype, kv_heads, both_ways):
+    for name in ("softcap", "dropout", "all"):
+        close(*both_ways(attend, (33, 40, 64, 32), dtype, kv_heads, right=0, **OPTIONS[name]), dtype)
+
+
+@BUILT
+def test_the_dropout_mask_is_the_same_bit_for_bit():
+    """Of equal scores the output times S_k·(1 − p) counts the kept keys, by v's one-hot rows."""
+    seed, p, seqlen = torch.tensor([42]), 0.25, 37
+    q, k = torch.zeros(3, 5, 4, 8), torch.zeros(3, seqlen, 2, 8)
+    v = torch.eye(seqlen).expand(3, 2, seqlen, seqlen).transpose(1, 2)
+    out, _, _ = attention.attention_fwd(q, k, v, *[None] * 3, seed, None, None, 5, seqlen, None, None, 1.0, 0.0, p)
+    kept = attention.dropout_keep(seed, 3, 4, 5, seqlen, p).transpose(1, 2)
+    assert torch.equal(out > 0, kept) and 0.6 < kept.float().mean() < 0.9
+    torch.testing.assert_close(out[kept] * seqlen * (1 - p), torch.ones(int(kept.sum())))
+
+
+@BUILT
+def test_what_a_window_hides_is_not_seen(both_ways):
+    """NaN there comes to nothing: in rows that see no key, and in the gradients of all."""
+    q, k, v = torch.randn(1, 4, 2, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
+    k[:, 7:], q[:, 3] = float("nan"), 0.5
+    out, lse, _ = attention.attention_fwd(q, k, v, *[None] * 6, 4, 9, None, -6, 1.0, 3.0, 0.0)
+    assert out.isfinite().all() and not out[:, 0].any() and (lse[..., 0] == -torch.inf).all()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Paged attention of few queries.
+
+PAGED = {
+    "plain": {}, "causal": dict(window_right=0), "window": dict(window_left=9, window_right=3), "softcap": dict(softcap=4.0),
+    "alibi": dict(alibi_slopes=ALIBI), "alibi of each": dict(alibi_slopes=ALIBI * torch.tensor([[1.0], [2.0], [3.0]])),
+    "sinks": dict(sinks=torch.tensor([0.5, -2.0, 1.0, 0.0])), "leftpad": dict(leftpad=torch.tensor([3, 0, 40], dtype=torch.int32)),
+}  # fmt: skip
+
+
+def paged(dims, dtype=torch.float32, cache_dtype=None, seqlens=(700, 1, 40), seqlen_q=3, scaled=False, only=None, **options):
+    torch.manual_seed(2)
+    (dim, dim_v), page_size, batch = dims, 16, len(seqlens)
+    pages = -(-max(seqlens) // page_size)
+    q = torch.randn(batch, seqlen_q, 4, dim).to(dtype)
+    caches = [20 * torch.randn(batch * pages, page_size, 2, d) if scaled else torch.randn(batch * pages, page_size, 2, d) for d in (dim, dim_v)]
+    caches = [t.to(cache_dtype or dtype) for t in caches]
+    table = torch.randperm(batch * pages).view(batch, pages).int()
+    scales = dict(k_scale=torch.tensor([0.05, 0.02]), v_scale=torch.tensor([0.03, 0.05])) if scaled else {}
+    rows = slice(None) if only is None else slice(only, only + 1)
+    names = ("cu_seqlens_q", "alibi_slopes", "sinks", "k_scale", "v_scale", "leftpad")
+    tensors = [(scales | options).get(name) for name in names]
+    bounds = [options.get(name) for name in ("window_left", "window_right")]
+    lengths = torch.tensor(seqlens, dtype=torch.int32)[rows]
+    return paged_attention.paged_attention(
+        q[rows], *caches, table[rows], lengths, *tensors, seqlen_q, *bounds, dim**-0.5, options.get("softcap", 0.0), 0
+    )
+
+
+@BUILT
+@pytest.mark.parametrize("name", PAGED)
+def test_paged_attention_is_what_torch_makes_of_it(name, both_ways):
+    for dims in ((64, 64), (40, 33), (1, 7), (128, 100)):
+        close(*both_ways(paged, dims, **PAGED[name]))
+
+
+@BUILT
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
+def test_paged_attention_of_half_precision_and_quantised_caches(dtype, cache_dtype, both_ways):
+    close(*both_ways(paged, (64, 40), dtype, cache_dtype, scaled=cache_dtype is not None, window_right=0), dtype)
+
+
+@BUILT
+def test_neither_threads_nor_company_change_a_bit():
+    threads = torch.get_num_threads()
+    whole = paged((64, 64), seqlens=(1500, 3, 700))
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        assert all(map(torch.equal, paged((64, 64), seqlens=(1500, 3, 700)), whole))
+    finally:
+        torch.set_num_threads(threads)
+    for b in range(3):
+        alone = paged((64, 64), seqlens=(1500, 3, 700), only=b)
+        assert all(torch.equal(one, all_[b : b + 1]) for one, all_ in zip(alone, whole, strict=True))
+
+
+@BUILT
+def test_who_is_chosen():
+    """Up to 64 rows; and of dense attention what is short and has more between its products than a mask."""
+    assert extension.available("paged_attention_cpp") and extension.available("attention_bwd_cpp")
+    q, k = torch.zeros(1, 64, 8, 16), torch.zeros(1, 512, 4, 16)
+    fits = lambda q=q, k=k, bias=None, cu=None, softcap=1.0, p=0.0: attention._compiled_fits(q, k, bias, None, cu, softcap, p)  # noqa: E731
+    assert fits() and fits(softcap=0.0, p=0.1)
+    assert not fits(softcap=0.0) and not fits(bias=k) and not fits(cu=k) and not fits(q.double(), k.double()) and not fits(k=k.repeat(1, 2, 1, 1))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Other instruction sets, sanitizers, and none of it.
+
+
+def run_these(names: str, **environment: str) -> str:
+    """This file's tests of such names in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", names, __file__]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@BUILT
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability):
+    assert "passed" in run_these("torch_makes or half_precision or mask", ATEN_CPU_CAPABILITY=capability)
+
+
+@BUILT
+@pytest.mark.more
+def test_under_sanitizers(tmp_path):
+    """Addresses and undefined behaviour, in a library built for it."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    library = tmp_path / "_C.so"
+    flags = ["-std=c++17", "-O1", "-g", "-fno-math-errno", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
+    sources = sorted(map(str, (ROOT / "csrc" / "cpu").glob("*.cpp")))
+    include, link = [f"-I{path}" for path in include_paths()], [f"-L{path}" for path in library_paths()]
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", *flags, *sanitize, *include, *sources, *link, "-ltorch", "-ltorch_cpu", "-lc10", "-o", library],
+        check=True,
+    )
+    runtimes = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
+    for capability in ("avx512", "default"):
+        run_these(
+            "torch_makes or half_precision or threads", FASTATTN_EXTENSION=str(library), LD_PRELOAD=":".join(runtimes),
+            ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1", ATEN_CPU_CAPABILITY=capability,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("library, why", [("0", "turned off by FASTATTN_EXTENSION=0"), (__file__, "does not load: ")])
+def test_without_them_everything_works(library, why):
+    code = f"""
+import torch, fastattn
+from fastattn.cpu import extension
+assert extension.why_not.startswith({why!r}), extension.why_not
+assert not extension.available("attention_fwd_cpp")
+q = torch.randn(1, 5, 2, 8, requires_grad=True)
+fastattn.attention(q, q, q, softcap=3.0).sum().backward()
+assert q.grad.isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"FASTATTN_EXTENSION": library}, check=True)
+
+
+def test_attention_is_differentiated_through_them():
+    """The public function, gradients and all, beside the reference."""
+    q, k, v = (torch.randn(2, 20, 4, 16, requires_grad=True) for _ in range(3))
+    out, expected = fastattn.attention(q, k, v, softcap=2.0, causal=True), fastattn.reference.attention(q, k, v, softcap=2.0, causal=True)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    dout = torch.randn_like(out)
+    for got, wanted in zip(*(torch.autograd.grad(t, (q, k, v), dout) for t in (out, expected)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
