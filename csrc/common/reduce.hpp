@@ -1,0 +1,29 @@
+// Reductions over a warp and over a block, in an order that does not depend on the run: the same bits every time.
+
+#pragma once
+
+#include "cuda.hpp"
+
+namespace fastattn {
+
+// The sum over the warp's lanes, in every lane. All lanes of the warp must call.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kFullMask, value, distance);
+  return value;
+}
+
+// The sum over a block of one dim, in every thread. All threads must call. `partials` is shared, an entry a warp: another one for each sum
+// of a kernel, or there must be a barrier between its uses.
+template <int kMaxWarps>
+__device__ __forceinline__ float block_sum(float value, float (&partials)[kMaxWarps]) {
+  static_assert(kMaxWarps <= kWarpSize, "the warps' sums are summed by one warp");
+  const int lane = threadIdx.x % kWarpSize;
+  const int num_warps = blockDim.x / kWarpSize;
+  value = warp_sum(value);
+  if (lane == 0) partials[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  return warp_sum(lane < num_warps ? partials[lane] : 0.0f);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,81 @@
+// Rows of fp32, fp16 or bf16 in memory, fp32 in registers, moved 16 bytes at a time where they lie at multiples of 16.
+
+#pragma once
+
+#include "cuda.hpp"
+
+namespace fastattn {
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+template <class T>
+inline constexpr int kVectorSize = 16 / sizeof(T);
+
+// 16 bytes, which move in one instruction; their lanes are T's.
+template <class T>
+union Vector {
+  uint4 bits;
+  T lanes[kVectorSize<T>];
+  __device__ __forceinline__ Vector() {}
+};
+
+__device__ __forceinline__ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// to = from[0, N), of which those from `count` on are not read but 0. aligned: `from` is a multiple of 16 bytes.
+template <int N, class T>
+__device__ __forceinline__ void load(float (&to)[N], const T* from, int64_t count, bool aligned) {
+  constexpr int kSize = kVectorSize<T>;
+  static_assert(N % kSize == 0, "whole vectors");
+  if (aligned && count >= N) {
+#pragma unroll
+    for (int start = 0; start < N; start += kSize) {
+      Vector<T> vector;
+      vector.bits = *reinterpret_cast<const uint4*>(from + start);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) to[start + i] = to_float(vector.lanes[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
+  }
+}
+
+// to[0, N) = from, of which those from `count` on are not written.
+template <int N, class T>
+__device__ __forceinline__ void store(T* to, const float (&from)[N], int64_t count, bool aligned) {
+  constexpr int kSize = kVectorSize<T>;
+  static_assert(N % kSize == 0, "whole vectors");
+  if (aligned && count >= N) {
+#pragma unroll
+    for (int start = 0; start < N; start += kSize) {
+      Vector<T> vector;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) vector.lanes[i] = from_float<T>(from[start + i]);
+      *reinterpret_cast<uint4*>(to + start) = vector.bits;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < count) to[i] = from_float<T>(from[i]);
+  }
+}
+
+}  // namespace fastattn

@@ -1,0 +1,47 @@
+// The launchers of csrc/cuda to ctypes and to replay.cpp, by name: for the tests, in builds for the CPU.
+
+#include "exports.hpp"
+
+#include <exception>
+#include <string>
+
+#include "../cuda/norm.hpp"
+
+namespace {
+
+using Launcher = cudaError_t (*)(const void* params);
+
+struct Op {
+  const char* name;
+  size_t params_size;
+  Launcher launcher;
+};
+
+template <class Params, cudaError_t (*kLauncher)(const Params&, cudaStream_t)>
+Op op(const char* name) {
+  return {name, sizeof(Params), [](const void* params) { return kLauncher(*static_cast<const Params*>(params), nullptr); }};
+}
+
+const Op kOps[] = {
+    op<fastattn::NormParams, fastattn::norm_fwd>("norm_fwd"),
+};
+
+}  // namespace
+
+const char* cuda_on_cpu_call(const char* name, const void* params, size_t params_size, uint64_t seed) {
+  static thread_local std::string message;
+  for (const Op& op : kOps) {
+    if (std::string(op.name) != name) continue;
+    if (params_size != op.params_size) return "the parameters have another size here";
+    cuda_on_cpu::set_seed(seed);
+    try {
+      const cudaError_t error = op.launcher(params);
+      if (error == cudaSuccess) return nullptr;
+      message = "cudaError " + std::to_string(error);
+    } catch (const std::exception& error) {
+      message = error.what();
+    }
+    return message.c_str();
+  }
+  return "no such op";
+}

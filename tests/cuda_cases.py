@@ -1,0 +1,190 @@
+"""The cases that every build of csrc/cuda is held to, small enough for the slowest; test_cuda_on_cpu.py adds larger ones."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from cuda_on_cpu import Buffer, Case
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.testing.budget import check_budget
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+DTYPES = {F32: 0, F16: 1, BF16: 2}
+NAN = float("nan")
+
+
+def nothing(*shape: int, dtype: torch.dtype = F32, gap: int = 0) -> Tensor:
+    """NaN, or the largest int: what a kernel must overwrite. gap: that many elements more between rows."""
+    fill = NAN if dtype.is_floating_point else torch.iinfo(dtype).max
+    rows = torch.full((*shape[:-1], shape[-1] + gap), fill, dtype=dtype)
+    return rows[..., : shape[-1]]
+
+
+def spread(t: Tensor, gap: int) -> Tensor:
+    """The same rows with gaps of NaN between them."""
+    rows = nothing(*t.shape, dtype=t.dtype, gap=gap)
+    rows.copy_(t)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Norms.
+
+
+class NormParams(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "residual", "weight", "bias", "y", "h", "stats")),
+        *((name, c_int64) for name in ("num_rows", "num_cols", "stride_x", "stride_residual", "stride_y", "stride_h")),
+        ("eps", c_float),
+        ("weight_offset", c_float),
+        ("dtype", c_int32),
+        ("weight_dtype", c_int32),
+        ("subtract_mean", c_int32),
+    ]
+
+
+def norm_reference(tensors: dict[str, Tensor], dtype: torch.dtype, eps: float, weight_offset: float, subtract_mean: bool) -> dict[str, Tensor]:
+    """y, h and stats by the oracle, computed in `dtype` and, but for float64, rounded where the kernel rounds."""
+    x = tensors["x"]
+    given = {key: t.to(dtype) for key, t in tensors.items() if t is not None}
+    h = given["x"] + given["residual"] if "residual" in given else given["x"]
+    rows = h.to(x.dtype).to(dtype)  # h is rounded to x's dtype before it is normalised
+    shape, weight, bias = x.shape[-1], given.get("weight"), given.get("bias")
+    if subtract_mean:
+        weight = weight if weight is None else weight + weight_offset
+        y = reference.layer_norm(rows, shape, weight, bias, eps)
+    else:
+        y = reference.rms_norm(rows, shape, weight, eps, weight_offset=weight_offset)
+        y = y if bias is None else y + bias
+    mean = rows.mean(-1) if subtract_mean else torch.zeros_like(rows[:, 0])
+    rstd = torch.rsqrt((rows - mean[:, None]).square().mean(-1) + eps)
+    return dict(y=y, h=rows, stats=torch.stack([rstd, mean] if subtract_mean else [rstd]))
+
+
+def norm_case(
+    name: str, tensors: dict[str, Tensor | None], *, subtract_mean: bool, eps: float = 1e-5, weight_offset: float = 0.0, gap: int = 0,
+    lead: int = 0, in_place: bool = False, stats: bool = True, sparse: int = 0, heavy: bool = False,
+) -> Case:  # fmt: skip
+    """tensors: x (rows, N), residual, weight, bias. gap, lead: elements between rows, and before the first of each row tensor.
+    sparse: elements from row to row, with nothing between."""
+    x, residual, weight, bias = (tensors.get(key) for key in ("x", "residual", "weight", "bias"))
+    (num_rows, num_cols), dtype = x.shape, x.dtype
+    stride = sparse or num_cols + gap
+    parameter = weight if weight is not None else bias
+    params = NormParams(
+        num_rows=num_rows, num_cols=num_cols, stride_x=stride, stride_residual=stride, stride_y=stride, stride_h=stride, eps=eps,
+        weight_offset=weight_offset, dtype=DTYPES[dtype], weight_dtype=DTYPES[dtype if parameter is None else parameter.dtype],
+        subtract_mean=subtract_mean,
+    )  # fmt: skip
+    place = dict(lead=lead * x.element_size(), sparse=sparse * x.element_size())
+    fresh = lambda: nothing(num_rows, num_cols, dtype=dtype, gap=gap)  # noqa: E731
+    if in_place:
+        buffers = [Buffer(spread(x, gap), ("y", "x"), True, **place)]
+        buffers += [] if residual is None else [Buffer(spread(residual, gap), ("h", "residual"), True, **place)]
+    else:
+        buffers = [Buffer(spread(x, gap), ("x",), False, **place), Buffer(fresh(), ("y",), True, **place)]
+        if residual is not None:
+            buffers += [Buffer(spread(residual, gap), ("residual",), False, **place), Buffer(fresh(), ("h",), True, **place)]
+    buffers += [Buffer(t, (key,), False) for key, t in (("weight", weight), ("bias", bias)) if t is not None]
+    if stats:
+        buffers.append(Buffer(nothing(1 + subtract_mean, num_rows), ("stats",), True))
+    options = dict(eps=eps, weight_offset=weight_offset, subtract_mean=subtract_mean)
+
+    def judge(y: Tensor, h: Tensor | None = None, stats: Tensor | None = None) -> None:
+        if num_rows * num_cols == 0:
+            return
+        if h is not None:
+            assert torch.equal(h.nan_to_num(7.0), (x + residual).nan_to_num(7.0)), f"{name} h: not x + residual, rounded once"
+        known = tensors if residual is None else dict(tensors, x=x + residual, residual=None)
+        ref64 = norm_reference(known, torch.float64, **options)
+        naive = norm_reference(known, F32, **options)
+        check_budget(f"{name} y", y, norm_reference(known, dtype, **options)["y"], ref64["y"])
+        finite = ref64["y"].isfinite()
+        exact, in_fp32, got = (t[finite].double() for t in (ref64["y"], naive["y"], y))
+        # Rounded once, from fp32: half a unit in the last place of x's dtype beside what fp32 makes of it.
+        unit = torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        slack = 2 * (in_fp32 - exact).abs().max() + 1e-5 * exact.abs().max().clamp(min=1.0)
+        assert ((got - exact).abs() <= 0.5 * unit + slack).all(), f"{name} y: rounded more than once"
+        if stats is not None:
+            check_budget(f"{name} stats", stats, naive["stats"], ref64["stats"])
+
+    return Case(name, "norm_fwd", params, buffers, judge, heavy=heavy)
+
+
+def norm_tensors(
+    num_rows: int, num_cols: int, dtype: torch.dtype, *, residual: bool = False, weight: bool = True, bias: bool = False,
+    weight_dtype: torch.dtype | None = None, seed: int = 0,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed + 1000 * num_rows + num_cols)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return dict(
+        x=draw(num_rows, num_cols).to(dtype),
+        residual=draw(num_rows, num_cols).to(dtype) if residual else None,
+        weight=draw(num_cols).to(weight_dtype or dtype) if weight else None,
+        bias=draw(num_cols).to(weight_dtype or dtype) if bias else None,
+    )
+
+
+def norm_cases() -> list[Case]:
+    """Every kernel of every dtype at the edges of what it takes, aligned and not, with each of its options."""
+    cases = []
+    # Length 1; a vector, less and more; a warp's one chunk; its four; a block's; more than registers hold. Rows: a block of four, and more.
+    short = [(1, 1), (5, 7), (3, 8), (4, 9), (5, 255), (2, 256), (3, 257), (6, 1000), (2, 1024), (2, 1027), (3, 2056)]
+    for i, (rows, cols) in enumerate(short):
+        for j, subtract_mean in enumerate((False, True)):
+            dtype = (F32, BF16, F16)[(i + j) % 3]
+            made = norm_tensors(rows, cols, dtype, residual=(i + j) % 2 == 0, bias=subtract_mean)
+            kind = "layer_norm" if subtract_mean else "rms_norm"
+            gap, lead = ((0, 0), (8, 0), (1, 0), (0, 1), (7, 3))[(2 * i + j) % 5]
+            name = f"{kind} {rows}x{cols} {str(dtype)[6:]} gap {gap} lead {lead}"
+            cases.append(norm_case(name, made, subtract_mean=subtract_mean, gap=gap, lead=lead, in_place=i % 4 == 2))
+    for dtype, cols in ((F32, 8192), (F32, 8196), (BF16, 16387), (F16, 16392)):
+        for subtract_mean in (False, True):
+            made = norm_tensors(2, cols, dtype, residual=cols % 8 != 0, bias=subtract_mean)
+            name = f"long rows, mean {subtract_mean}, 2x{cols} {str(dtype)[6:]}"
+            cases.append(norm_case(name, made, subtract_mean=subtract_mean, gap=4, in_place=cols == 16387, heavy=True))
+    for subtract_mean in (False, True):
+        for weight_dtype in (F32, BF16):
+            made = norm_tensors(3, 36, BF16, residual=True, bias=True, weight_dtype=weight_dtype)
+            cases.append(norm_case(f"weight {weight_dtype}", made, subtract_mean=subtract_mean, weight_offset=1.0))
+        made = norm_tensors(3, 24, F16, weight=False)
+        cases.append(norm_case("no parameters, no stats", made, subtract_mean=subtract_mean, stats=False))
+        cases.append(norm_case("no rows", norm_tensors(0, 8, F32), subtract_mean=subtract_mean))
+        cases.append(norm_case("no columns", norm_tensors(3, 0, F32), subtract_mean=subtract_mean))
+    return cases + hostile_norm_cases()
+
+
+def hostile_norm_cases() -> list[Case]:
+    cases = []
+    noise = torch.randn(3, 300, generator=torch.Generator().manual_seed(7))
+    offset = dict(norm_tensors(3, 300, F32), x=noise + 1e4)
+    cases.append(norm_case("rows of 1e4 ± 1", offset, subtract_mean=True))
+    extremes = dict(norm_tensors(3, 300, F16, weight=False), x=(noise * torch.tensor([[1e-7], [1e4], [0.0]])).to(F16))
+    for subtract_mean in (False, True):
+        cases.append(norm_case("subnormal, large and zero rows of fp16", extremes, subtract_mean=subtract_mean))
+    broken = norm_tensors(6, 40, F32)
+    broken["x"][1, 3], broken["x"][4, 39] = NAN, float("inf")
+    for subtract_mean in (False, True):
+        cases.append(norm_case("a NaN and an infinity stay in their rows", broken, subtract_mean=subtract_mean))
+
+    constant = torch.tensor([[1e30], [-3.7], [0.1], [12345.678]]).expand(4, 130).contiguous()
+    bias = torch.randn(130, generator=torch.Generator().manual_seed(3))
+
+    def judge(y: Tensor, stats: Tensor) -> None:
+        assert torch.equal(y, bias.expand_as(y)), "layer_norm of constant rows: not exactly bias"
+        assert torch.equal(stats[1], constant[:, 0])
+
+    case = norm_case("constant rows", dict(x=constant, bias=bias), subtract_mean=True)
+    case.judge = judge
+    cases.append(case)
+    return cases
+
+
+def far_norm_case() -> Case:
+    """Rows 2^30 elements apart: five of them wrap an index of 32 bits, signed or not. The memory between is never touched."""
+    made = norm_tensors(5, 64, F16, residual=True)
+    return norm_case("rows 2^30 apart", made, subtract_mean=False, sparse=2**30)
