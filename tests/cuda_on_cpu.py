@@ -52,7 +52,7 @@ def _call(command: Sequence[str], timeout: float = 300) -> None:
 
 
 def kernels_of(csrc: Path) -> list[Path]:
-    return sorted((csrc / "cuda").glob("*.cu"))
+    return [*sorted((csrc / "cuda").glob("*.cu")), csrc / "cuda_on_cpu" / "probes.cu"]
 
 
 def compile_objects(name: str, csrc: Path, folder: Path, sources: Sequence[Path]) -> list[Path]:

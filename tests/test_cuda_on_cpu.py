@@ -3,16 +3,11 @@ are what they are held to here; nvcc compiles the same files for each architectu
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
-
 import pytest
-import torch
-from cuda_cases import far_norm_case, norm_cases
-from cuda_on_cpu import CSRC, SEEDS, call_here, check_apart, compile_all, judge, link, load
+from cuda_cases import all_floats_case, far_norm_case, misuse_cases, norm_cases, probe_cases
+from cuda_on_cpu import SEEDS, call_here, check_apart, compile_all, judge, link, load
 
-CASES = norm_cases()
+CASES = [*probe_cases(), *norm_cases()]
 IDS = [f"{i}-{case.name}".replace(" ", "_") for i, case in enumerate(CASES)]
 LIGHT = [case for case in CASES if not case.heavy]
 
@@ -52,6 +47,18 @@ def test_values_and_the_same_bits_in_every_order(library, case):
         assert answer == answers[0], f"seed {seed}"
 
 
+def test_conversions_are_exact(library):
+    case = all_floats_case()
+    judge(case, call_here(library, case, 0))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("case", misuse_cases(), ids=lambda case: case.name.split()[0])
+def test_misuses_are_named_and_the_next_launch_is_right(library, case, seed):
+    judge(case, call_here(library, case, seed))
+    judge(CASES[0], call_here(library, CASES[0], seed))
+
+
 def test_offsets_beyond_32_bits(build, tmp_path):
     check_apart(build("plain"), [far_norm_case()], (0, 2), tmp_path)
 
@@ -61,7 +68,7 @@ def test_offsets_beyond_32_bits(build, tmp_path):
 
 
 def test_address_and_undefined_behaviour(build, tmp_path):
-    check_apart(build("asan"), LIGHT, (0, 2), tmp_path)
+    check_apart(build("asan"), [*LIGHT, *misuse_cases(), *LIGHT[:4]], (0, 2), tmp_path)
 
 
 def test_races_and_uninitialised_shared_memory(build, tmp_path):

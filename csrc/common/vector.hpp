@@ -39,42 +39,52 @@ union Vector {
 
 __device__ __forceinline__ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// to = from[0, N), of which those from `count` on are not read but 0. aligned: `from` is a multiple of 16 bytes.
+// from[0, kVectorSize), of which those from `count` on are not read but 0. aligned: `from` is a multiple of 16 bytes. Nothing is made of what
+// is loaded, so that a thread can have many such loads under way.
+template <class T>
+__device__ __forceinline__ Vector<T> load_vector(const T* from, int64_t count, bool aligned) {
+  Vector<T> vector;
+  if (aligned && count >= kVectorSize<T>) {
+    vector.bits = *reinterpret_cast<const uint4*>(from);
+  } else {
+    vector.bits = uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < kVectorSize<T>; ++i)
+      if (i < count) vector.lanes[i] = from[i];
+  }
+  return vector;
+}
+
+template <class T>
+__device__ __forceinline__ void convert(float (&to)[kVectorSize<T>], const Vector<T>& from) {
+#pragma unroll
+  for (int i = 0; i < kVectorSize<T>; ++i) to[i] = to_float(from.lanes[i]);
+}
+
+// to = from[0, N) in fp32, as above.
 template <int N, class T>
 __device__ __forceinline__ void load(float (&to)[N], const T* from, int64_t count, bool aligned) {
-  constexpr int kSize = kVectorSize<T>;
-  static_assert(N % kSize == 0, "whole vectors");
-  if (aligned && count >= N) {
+  static_assert(N % kVectorSize<T> == 0, "whole vectors");
 #pragma unroll
-    for (int start = 0; start < N; start += kSize) {
-      Vector<T> vector;
-      vector.bits = *reinterpret_cast<const uint4*>(from + start);
+  for (int start = 0; start < N; start += kVectorSize<T>) {
+    const Vector<T> vector = load_vector(from + start, count - start, aligned);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) to[start + i] = to_float(vector.lanes[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = i < count ? to_float(from[i]) : 0.0f;
+    for (int i = 0; i < kVectorSize<T>; ++i) to[start + i] = to_float(vector.lanes[i]);
   }
 }
 
-// to[0, N) = from, of which those from `count` on are not written.
-template <int N, class T>
-__device__ __forceinline__ void store(T* to, const float (&from)[N], int64_t count, bool aligned) {
-  constexpr int kSize = kVectorSize<T>;
-  static_assert(N % kSize == 0, "whole vectors");
-  if (aligned && count >= N) {
+// to[0, kVectorSize) = from, rounded; those from `count` on are not written.
+template <class T>
+__device__ __forceinline__ void store(T* to, const float (&from)[kVectorSize<T>], int64_t count, bool aligned) {
+  Vector<T> vector;
 #pragma unroll
-    for (int start = 0; start < N; start += kSize) {
-      Vector<T> vector;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) vector.lanes[i] = from_float<T>(from[start + i]);
-      *reinterpret_cast<uint4*>(to + start) = vector.bits;
-    }
+  for (int i = 0; i < kVectorSize<T>; ++i) vector.lanes[i] = from_float<T>(from[i]);
+  if (aligned && count >= kVectorSize<T>) {
+    *reinterpret_cast<uint4*>(to) = vector.bits;
   } else {
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (i < count) to[i] = from_float<T>(from[i]);
+    for (int i = 0; i < kVectorSize<T>; ++i)
+      if (i < count) to[i] = vector.lanes[i];
   }
 }
 

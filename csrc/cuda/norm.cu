@@ -41,15 +41,13 @@ struct Row {
         h(p.residual ? static_cast<T*>(p.h) + row * p.stride_h : nullptr),
         aligned(is_aligned(x) && is_aligned(y) && is_aligned(residual) && is_aligned(h)) {}
 
-  // h from column `col` on, as it is stored; 0 past the row's end.
-  template <int N>
-  __device__ __forceinline__ void load_sum(float (&sum)[N], int64_t col, int64_t count) const {
-    load(sum, x + col, count, aligned);
+  // h from column `col` on, in fp32, as it is stored there where there is a residual; 0 past the row's end.
+  __device__ __forceinline__ void add(float (&sum)[kVectorSize<T>], const Vector<T>& x, const Vector<T>& added, int64_t col, int64_t count) const {
+    convert(sum, x);
     if (residual == nullptr) return;
-    float added[N];
-    load(added, residual + col, count, aligned);
 #pragma unroll
-    for (int i = 0; i < N; ++i) sum[i] = to_float(from_float<T>(added[i] + sum[i]));
+    for (int i = 0; i < kVectorSize<T>; ++i) sum[i] = to_float(from_float<T>(to_float(added.lanes[i]) + sum[i]));
+    store(h + col, sum, count, aligned);
   }
 
   // About what the row's entries have in common, if anything: the first one.
@@ -114,13 +112,19 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const NormParams p) {
       __syncthreads();  // without one, the barrier of the first sum comes before y
   }
 
+  Vector<T> x[kChunks], added[kChunks];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int64_t col = first_col + c * step, count = p.num_cols - col;
+    x[c] = load_vector(row.x + col, count, row.aligned);
+    if (row.residual != nullptr) added[c] = load_vector(row.residual + col, count, row.aligned);
+  }
   float h[kChunks][kWidth];
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int64_t col = first_col + c * step, count = p.num_cols - col;
-    row.load_sum(h[c], col, count);
-    if (row.residual != nullptr) store(row.h + col, h[c], count, row.aligned);
+    row.add(h[c], x[c], added[c], col, count);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       h[c][i] = i < count ? h[c][i] - shift : 0.0f;
@@ -166,8 +170,10 @@ __global__ void __launch_bounds__(kMaxThreads) norm_long_kernel(const NormParams
   float sum = 0.0f, squares = 0.0f;
   for (int64_t col = first_col; col < p.num_cols; col += step) {
     const int64_t count = p.num_cols - col;
-    row.load_sum(h, col, count);
-    if (row.residual != nullptr) store(row.h + col, h, count, row.aligned);
+    const Vector<T> x = load_vector(row.x + col, count, row.aligned);
+    Vector<T> added;
+    if (row.residual != nullptr) added = load_vector(row.residual + col, count, row.aligned);
+    row.add(h, x, added, col, count);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const float centred = i < count ? h[i] - shift : 0.0f;

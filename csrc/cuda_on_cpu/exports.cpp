@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../cuda/norm.hpp"
+#include "probes.hpp"
 
 namespace {
 
@@ -24,6 +25,7 @@ Op op(const char* name) {
 
 const Op kOps[] = {
     op<fastattn::NormParams, fastattn::norm_fwd>("norm_fwd"),
+    op<fastattn::ProbeParams, fastattn::probe>("probe"),
 };
 
 }  // namespace
