@@ -55,7 +55,7 @@ def kernels_of(csrc: Path) -> list[Path]:
     return [*sorted((csrc / "cuda").glob("*.cu")), csrc / "cuda_on_cpu" / "probes.cu"]
 
 
-def compile_objects(name: str, csrc: Path, folder: Path, sources: Sequence[Path]) -> list[Path]:
+def compile_objects(name: str, csrc: Path, folder: Path, sources: Sequence[Path], warnings: bool = True) -> list[Path]:
     """Object files of one build, side by side in `folder`."""
     build = BUILDS[name]
     compiler = shutil.which("g++")
@@ -65,7 +65,7 @@ def compile_objects(name: str, csrc: Path, folder: Path, sources: Sequence[Path]
     for source in sources:
         is_kernel = source.suffix == ".cu"
         target = folder / (source.name + ".o")
-        flags = [*FLAGS, "-DFASTATTN_CUDA_ON_CPU", *build.all, *(build.kernels if is_kernel else ())]
+        flags = [*FLAGS, "-DFASTATTN_CUDA_ON_CPU", *build.all, *(build.kernels if is_kernel else ()), *([] if warnings else ["-w"])]
         _call([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
         objects.append(target)
     return objects
@@ -143,7 +143,6 @@ class Case:
     buffers: list[Buffer]
     judge: Callable[..., None]
     answer: str = ""  # a pattern of what a launch that must be refused answers
-    heavy: bool = False  # left out of builds that are many times slower
 
     def offset(self, name: str) -> int:
         return getattr(type(self.params), name).offset

@@ -3,13 +3,30 @@ are what they are held to here; nvcc compiles the same files for each architectu
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+
 import pytest
 from cuda_cases import all_floats_case, far_norm_case, misuse_cases, norm_cases, probe_cases
-from cuda_on_cpu import SEEDS, call_here, check_apart, compile_all, judge, link, load
+from cuda_faults import FAULTS
+from cuda_on_cpu import (
+    CSRC,
+    SEEDS,
+    Crash,
+    Refused,
+    call_here,
+    check_apart,
+    compile_all,
+    compile_objects,
+    judge,
+    kernels_of,
+    link,
+    load,
+)
 
 CASES = [*probe_cases(), *norm_cases()]
 IDS = [f"{i}-{case.name}".replace(" ", "_") for i, case in enumerate(CASES)]
-LIGHT = [case for case in CASES if not case.heavy]
 
 
 @pytest.fixture(scope="session")
@@ -20,12 +37,13 @@ def build(tmp_path_factory):
     def get(name):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            objects = compile_all(name, folder)
+            objects = get.objects[name] = compile_all(name, folder)
             made[name] = link(name, objects, folder / "replay")
             if name == "plain":
                 made["library"] = load(link(name, objects, folder / "kernels.so"))
         return made[name]
 
+    get.objects = {}
     return get
 
 
@@ -68,8 +86,61 @@ def test_offsets_beyond_32_bits(build, tmp_path):
 
 
 def test_address_and_undefined_behaviour(build, tmp_path):
-    check_apart(build("asan"), [*LIGHT, *misuse_cases(), *LIGHT[:4]], (0, 2), tmp_path)
+    check_apart(build("asan"), [*CASES, *misuse_cases(), *CASES[:4]], (0, 2), tmp_path)
 
 
 def test_races_and_uninitialised_shared_memory(build, tmp_path):
-    check_apart(build("races"), LIGHT, (0, 2, 3), tmp_path)
+    check_apart(build("races"), CASES, (0, 2, 3), tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The compiler that they are for.
+
+
+@pytest.mark.parametrize(
+    "arch", ["sm_90a", *(pytest.param(arch, marks=pytest.mark.more) for arch in ("sm_80", "sm_89", "sm_100a", "sm_120"))]
+)
+@pytest.mark.parametrize("source", kernels_of(CSRC), ids=lambda source: source.name)
+def test_nvcc_spills_nothing(source, arch, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    result = "-cubin" if arch == "sm_90a" else "-c"  # the host's part too, where there is time for it
+    command = [nvcc, "-std=c++17", f"-arch={arch}", "-Werror=all-warnings", "-Xptxas=-v", result, str(source), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "Unsupported gpu architecture" in done.stderr:
+        pytest.skip(f"this nvcc does not know {arch}")
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert len(said) == done.stderr.count("Compiling entry function") > 0
+    assert set(said) == {("0", "0", "0")}, done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The checks themselves: each planted fault is caught by the checks that are there for it.
+
+SEEDS_OF = {"plain": SEEDS, "asan": (0, 2), "races": (0, 2, 3)}
+PLANTED = [(fault, name) for fault in FAULTS for name in fault.caught]
+
+
+@pytest.mark.parametrize(
+    "fault, name",
+    [pytest.param(fault, name, marks=[] if fault.quick and name != "plain" else pytest.mark.more) for fault, name in PLANTED],
+    ids=[f"{name}-{fault.name}".replace(" ", "_") for fault, name in PLANTED],
+)
+def test_a_planted_fault_is_caught(fault, name, build, tmp_path):
+    build(name)
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    text = (csrc / fault.file).read_text()
+    assert text.count(fault.old) == 1, f"{fault.file} must hold the fault's place once"
+    (csrc / fault.file).write_text(text.replace(fault.old, fault.new))
+    source = next(s for s in kernels_of(csrc) if s.stem == {"norm_fwd": "norm", "probe": "probes"}[fault.op])
+    (changed,) = compile_objects(name, csrc, tmp_path, [source], warnings=False)
+    clean = [o for o in build.objects[name] if o.name != changed.name]
+    program = link(name, [changed, *clean], tmp_path / "replay")
+    cases = [far_norm_case()] if fault.far else [case for case in CASES if case.op == fault.op]
+    with pytest.raises((Crash, Refused, AssertionError)) as caught:
+        check_apart(program, cases, SEEDS_OF[name], tmp_path)
+    said = f"{caught.typename}: {caught.value}"
+    assert re.search(fault.caught[name], said, re.DOTALL), said
