@@ -134,14 +134,16 @@ def test_wheel_holds_every_module_under_its_import_name(archives):
     }
 
 
+def compiled_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name.removesuffix(sysconfig.get_config_var("EXT_SUFFIX")) for name in archive.namelist() if name.endswith((".so", ".pyd"))}
+
+
 def test_wheel_is_tagged_for_the_python_of_its_page_pool(archives):
     need_compiler()
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{tag}-{tag}-" in archives["wheel"].name
-    with zipfile.ZipFile(archives["wheel"]) as wheel:
-        assert [name for name in wheel.namelist() if name.endswith(".so")] == [
-            f"fastattn/_page_pool{sysconfig.get_config_var('EXT_SUFFIX')}"
-        ]
+    assert compiled_in(archives["wheel"]) == {"fastattn/_page_pool", "fastattn/_C"}
     check_tag(archives["wheel"])
 
 
@@ -155,23 +157,33 @@ def test_a_wheel_for_other_pythons_than_its_page_pools_is_refused(tag, tmp_path)
 
 
 UNBUILT = "there is no C++17 compiler with Python's headers, or it cannot link"
-WITHOUT = {
-    "pybind11": ("sys.modules['pybind11'] = None", {}, "pybind11 is not installed"),
-    "compiler": ("", {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}, UNBUILT),
-    "linker": ("", {"LDFLAGS": "-lthere_is_no_such_library"}, UNBUILT),
+LEFT_OUT = {
+    "fastattn/_page_pool": "fastattn: left out the compiled page pool, for which the Python one stands in: ",
+    "fastattn/_C": "fastattn: left out the compiled CPU operators, for which torch's own ops stand in: ",
 }
+# What is not there when the wheel is built: how so, what is left out, and why.
+WITHOUT = {
+    "pybind11": ("sys.modules['pybind11'] = None", {}, ["fastattn/_page_pool"], "pybind11 is not installed"),
+    "torch": (
+        "sys.modules['torch'] = None", {}, ["fastattn/_C"], "torch is not installed where this is built (pip install --no-build-isolation)"
+    ),
+    "compiler": ("", {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}, LEFT_OUT, UNBUILT),
+    "linker": ("", {"LDFLAGS": "-lthere_is_no_such_library"}, LEFT_OUT, UNBUILT),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("missing", WITHOUT)
-def test_wheel_without_the_compiled_page_pool_is_pure(missing, checkout, tmp_path):
-    if missing != "pybind11":
-        pytest.importorskip("pybind11", reason="needs pybind11")
-    before, variables, reason = WITHOUT[missing]
+def test_wheel_without_what_cannot_be_compiled(missing, checkout, tmp_path):
+    """It says so; and with nothing compiled in it, it is for every Python."""
+    need_compiler()
+    before, variables, left_out, reason = WITHOUT[missing]
     build = f"import sys; {before}\nimport setuptools.build_meta as build; build.build_wheel({str(tmp_path)!r})"
     output = run(sys.executable, "-c", build, cwd=checkout, stderr=True, **variables)
-    assert f"fastattn: left out the compiled page pool, for which the Python one stands in: {reason}\n" in output
+    for name, message in LEFT_OUT.items():
+        assert (f"{message}{reason}\n" in output) == (name in left_out)
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert compiled_in(wheel) == LEFT_OUT.keys() - set(left_out)
+    assert wheel.name.endswith("-py3-none-any.whl") == (len(left_out) == 2)
     check_tag(wheel)
     shutil.rmtree(checkout / "build")
 
