@@ -52,6 +52,8 @@ def operators() -> list[Extension]:
         return without(what, "torch is not installed where this is built (pip install --no-build-isolation)")
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         return without(what, f"they need torch 2.10, this is {torch.__version__}")
+    if os.name == "nt":
+        return without(what, "they need GCC or Clang")
     if not compiles(Extension):
         return without(what, NO_COMPILER)
     return [
@@ -66,6 +68,7 @@ def operators() -> list[Extension]:
             # Functions choose an instruction set when they run; errno and traps, for which nobody asks, would keep them scalar.
             extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
             language="c++",
+            optional=True,  # a compiler that cannot build them is no reason not to install
         )
     ]
 

@@ -177,6 +177,7 @@ def test_who_is_chosen():
     fits = lambda q=q, k=k, bias=None, cu=None, softcap=1.0, p=0.0: attention._compiled_fits(q, k, bias, None, cu, softcap, p)  # noqa: E731
     assert fits() and fits(softcap=0.0, p=0.1)
     assert not fits(softcap=0.0) and not fits(bias=k) and not fits(cu=k) and not fits(q.double(), k.double()) and not fits(k=k.repeat(1, 2, 1, 1))
+    assert fits(q[:, :1], k.repeat(1, 2, 1, 1)) and not fits(q[:, :1], k.repeat(1, 3, 1, 1))
 
 
 # --------------------------------------------------------------------------------------------------------------------

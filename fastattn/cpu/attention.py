@@ -28,6 +28,7 @@ _CHUNK_ELEMENTS = 1 << 20
 _CHUNK_ROWS = 256  # aimed at: fewer waste the matmuls' blocking, more waste work on scores that a window masks
 _FUSED_MIN_ROWS = 32  # the fused op's own smallest block of rows
 _COMPILED_ELEMENTS = 1 << 16  # of a head's scores (with those that share its keys): more, and torch's large products win
+_COMPILED_KEYS = 1 << 10  # which a thread holds several copies of
 
 _OF_COMPILED = (
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed{}, int? window_left, int? window_right, float softmax_scale, float softcap, "
@@ -231,7 +232,9 @@ def _compiled_fits(q, k, bias, slopes, cu_seqlens_q, softcap: float, dropout_p: 
     if _fused_fits(slopes, softcap, dropout_p) or bias is not None or cu_seqlens_q is not None or q.dtype == torch.float64:
         return False
     (_, seqlen_q, num_heads, _), (_, seqlen_k, num_kv_heads, _) = q.shape, k.shape
-    if min(q.numel(), k.numel()) == 0 or seqlen_q * num_heads // num_kv_heads * seqlen_k > _COMPILED_ELEMENTS:
+    if min(q.numel(), k.numel()) == 0 or seqlen_k > _COMPILED_KEYS:
+        return False
+    if seqlen_q * (num_heads // num_kv_heads) * seqlen_k > _COMPILED_ELEMENTS:
         return False
     return extension.available("attention_fwd_cpp")
 
