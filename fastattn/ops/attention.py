@@ -321,10 +321,12 @@ def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, 
         checks.check_like(op, "attn_bias", attn_bias, q, dtype=False)
         letters = "(B, H, max_seqlen_q, max_seqlen_k)" if packed else "(B, H, S_q, S_k)"
         checks.check_broadcastable(op, "attn_bias", attn_bias, (batch, heads, *bounds), letters)
-    checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), f"(H,) or (B, H) = {(batch, heads)}", q)
-    if wants_gradient(alibi_slopes):
-        checks.reject(op, "alibi_slopes", "not require a gradient (none is computed)", "requires_grad=True")
-    checks.check_per_head(op, "sinks", sinks, ((heads,),), f"(H,) = ({heads},)", q)
+    if alibi_slopes is not None:
+        checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), f"(H,) or (B, H) = {(batch, heads)}", q)
+        if wants_gradient(alibi_slopes):
+            checks.reject(op, "alibi_slopes", "not require a gradient (none is computed)", "requires_grad=True")
+    if sinks is not None:
+        checks.check_per_head(op, "sinks", sinks, ((heads,),), f"(H,) = ({heads},)", q)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

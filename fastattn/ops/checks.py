@@ -65,18 +65,20 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed
         if t.dim() != rank:
             why = "with cu_seqlens" if packed else "without cu_seqlens"
             reject(op, arg, f"have shape {letters} {why}", shape(t))
-        check_like(op, arg, t, q)
-    head_dim, seqs = q.shape[-1], "T_k" if packed else "B, S_k"
+        if t is not q:
+            check_like(op, arg, t, q)
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    head_dim, seqs = q_shape[-1], "T_k" if packed else "B, S_k"
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         reject(op, "q", f"have a head_dim between 1 and {MAX_HEAD_DIM}", head_dim)
-    if not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
-        reject(op, "v", f"have a head_dim between 1 and {MAX_HEAD_DIM}", v.shape[-1])
-    if k.shape[-1] != head_dim or (not packed and k.shape[0] != q.shape[0]):
+    if not 1 <= v_shape[-1] <= MAX_HEAD_DIM:
+        reject(op, "v", f"have a head_dim between 1 and {MAX_HEAD_DIM}", v_shape[-1])
+    if k_shape[-1] != head_dim or (not packed and k_shape[0] != q_shape[0]):
         batch = "" if packed else f" and B = {q.shape[0]}"
         reject(op, "k", f"have shape ({seqs}, H_kv, D) with D = {head_dim}{batch} to match q", shape(k))
-    if v.shape[:-1] != k.shape[:-1]:
+    if v_shape[:-1] != k_shape[:-1]:
         reject(op, "v", f"have shape ({seqs}, H_kv, D_v) with k's {shape(k)[:-1]} before D_v", shape(v))
-    heads, kv_heads = q.shape[-2], k.shape[-2]
+    heads, kv_heads = q_shape[-2], k_shape[-2]
     if (kv_heads == 0) != (heads == 0) or (kv_heads != 0 and heads % kv_heads != 0):
         reject(op, "k", f"have a head count that divides q's {heads}", kv_heads)
 
