@@ -45,6 +45,8 @@ fi
 unset TRITON_INTERPRET
 "$dir/bin/python" -c "
 import fastattn, torch, triton
+from fastattn.cpu import extension
+assert extension.why_not is None, extension.why_not  # built against this torch
 print('torch', torch.__version__, 'triton', triton.__version__, 'cuda', torch.version.cuda, 'gpu', torch.cuda.is_available())"
 
 # The two processes of `make test`, over what depends on the versions: every option in the interpreter, compilation by Triton for
@@ -54,7 +56,7 @@ export OMP_NUM_THREADS=1
 TRITON_INTERPRET=1 "${pytest[@]}" -m "interpret and not more" \
   tests/test_testing_checker.py tests/test_attention_op_interpret.py tests/test_attention.py::test_features
 "${pytest[@]}" -m "not interpret and not more and not gpu" \
-  tests/test_testing_stub_driver.py tests/test_testing_sass.py tests/test_launch_path.py tests/test_attention_op.py
+  tests/test_testing_stub_driver.py tests/test_testing_sass.py tests/test_launch_path.py tests/test_attention_op.py tests/test_extension.py
 rows=(tests/test_{softmax,norm,rotary,glu,cross_entropy,linear_cross_entropy,sampling,merge_attention,append_paged_kv,paged_attention,moe_routing,grouped_mm,moe}.py)
 TRITON_INTERPRET=1 "${pytest[@]}" -m "(interpret or both) and not more" -k "values or operator or order" "${rows[@]}"
 "${pytest[@]}" -m "not interpret and not more and not gpu" -k "operator or cuda or compile or values" "${rows[@]}"

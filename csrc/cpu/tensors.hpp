@@ -42,7 +42,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, torch::headeronly::Sca
     stride *= std::max<int64_t>(sizes.begin()[i], 1);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, sizes.begin(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
