@@ -55,26 +55,29 @@ def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
     Raises: NotImplementedError under forward-mode AD, and where torch.compile traces a torch.func transform: it would differentiate the
     forward, which has no derivative of its own, and give gradients of 0.
     """
-    if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(f"fastattn.{op}: torch.func transforms are not supported within torch.compile")
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if forward_ad._current_level >= 0 and any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
         raise NotImplementedError(
             f"fastattn.{op}: forward-mode AD is not supported; use fastattn.reference.{op}"
         )
-    if not may_record(*tensors):
+    if not torch.is_grad_enabled():
         return function.forward(*args)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_dynamo_compiling():
+            raise NotImplementedError(f"fastattn.{op}: torch.func transforms are not supported within torch.compile")
+        return function.apply(*args)
+    if not wants_gradient(*args):
+        return function.forward(*args)
+    if torch.compiler.is_compiling():
         return function.apply(*args)
     # What torch's own `apply` comes to here; but it first matches arguments to the signature, for longer than all else takes.
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed from these."""
+def wants_gradient(*args: Any) -> bool:
+    """Whether autograd records what is computed from the tensors among these."""
     if torch.is_grad_enabled():
-        for t in tensors:  # a generator would take longer than the question
-            if t is not None and t.requires_grad:
+        for arg in args:  # a generator would take longer than the question
+            if isinstance(arg, Tensor) and arg.requires_grad:
                 return True
     return False
 
