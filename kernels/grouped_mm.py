@@ -352,6 +352,11 @@ def rows_aligned(t: torch.Tensor) -> bool:
     return t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0
 
 
+def rows_wide(t: torch.Tensor) -> bool:
+    """Whether its rows, gathered or not, are loaded 16 bytes at a time."""
+    return vector_of(t) * t.element_size() >= 16
+
+
 def num_lanes(num_groups: int) -> int:
     """Of a program that looks at all groups: a power of two."""
     return max(16, triton.next_power_of_2(num_groups))
@@ -386,7 +391,7 @@ def launch_product(
     """Launch the product of num_rows rows into out, contiguous."""
     x = with_contiguous_rows(x)
     aligned = w.aligned and (gather is not None or rows_aligned(x))
-    config = config or config_of("product", x, num_rows, w.num_groups, w.size, aligned)
+    config = config or config_of("product", x, num_rows, w.num_groups, w.size, aligned and rows_wide(x))
     log.debug("%s: %s", op, config)
     launch(
         _grouped_mm_kernel,
@@ -409,7 +414,8 @@ def launch_weight(
     a, b = with_contiguous_rows(a), with_contiguous_rows(b)
     gathered = a_numbers is not None or b_numbers is not None
     aligned = all(numbers is not None or rows_aligned(t) for t, numbers in ((a, a_numbers), (b, b_numbers)))
-    config = config or config_of("weight_gathered" if gathered else "weight", a, num_rows, num_groups, num_rows, aligned)
+    wide = aligned and rows_wide(a) and rows_wide(b)
+    config = config or config_of("weight_gathered" if gathered else "weight", a, num_rows, num_groups, num_rows, wide)
     log.debug("%s: %s", op, config)
     launch(
         _grouped_mm_weight_kernel,

@@ -41,6 +41,7 @@ from .grouped_mm import (
     ordered_ends,
     product,
     rows_source,
+    rows_wide,
     schedule,
 )
 from .grouped_tiles import GroupedConfig
@@ -103,7 +104,10 @@ def _moe_up_kernel(
         rows = row + tl.arange(0, BLOCK_M)
         if pre_ptr is not None:
             target = pre_ptr + (rows.to(tl.int64) * NUM_COLS)[:, None] + column[None, :]
-            tl.store(target, cast(acc, pre_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (n < N)[None, :])
+            kept = acc
+            if pre_ptr.dtype.element_ty == tl.float16:  # an infinite one would have a backward of NaN
+                kept = tl.where(acc > 65504.0, 65504.0, tl.where(acc < -65504.0, -65504.0, acc))
+            tl.store(target, cast(kept, pre_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (n < N)[None, :])
         if HALVES == 2:
             gate, up = split_columns(acc, BLOCK_M, BLOCK_N)
         else:
@@ -238,7 +242,7 @@ def moe_fwd(
     down = Matrices(_upright(down_proj, transposed))
     pre = torch.empty(num_rows if keep else 0, up.num_cols * up.halves, dtype=x.dtype, device=x.device)
     a = torch.empty(num_rows, down.size, dtype=x.dtype, device=x.device)
-    tile = config or config_of("gated", x, num_rows, up.num_groups, up.size, up.aligned)
+    tile = config or config_of("gated", x, num_rows, up.num_groups, up.size, up.aligned and rows_wide(x))
     log.debug("%s: %s", op, tile)
     launch(
         _moe_up_kernel,
@@ -302,7 +306,7 @@ def _down_bwd(
     op, num_rows, top_k = "moe", order.shape[0], weights.shape[1]
     down = Matrices(_upright(down_proj, transposed).transpose(1, 2))
     kernel = "gated_bwd_interleaved" if layout == "interleaved" else "gated_bwd"
-    tile = config or config_of(kernel, dout, num_rows, down.num_groups, down.size, down.aligned)
+    tile = config or config_of(kernel, dout, num_rows, down.num_groups, down.size, down.aligned and rows_wide(dout))
     log.debug("%s: %s", op, tile)
     num_blocks = triton.cdiv(down.num_cols, tile.BLOCK_N)
     num_dots = num_blocks + (down_bias is not None)

@@ -96,6 +96,7 @@ def check_transforms(name: str, op: Op, tensors: dict[str, Tensor]) -> None:
     """Under vmap outputs and gradients are a loop's. A gradient penalty and a JVP raise by name, for each tensor that has a gradient:
     silence would be a wrong number."""
     check_vmap(op, tensors)
+    check_hidden_second_derivatives(name, op, tensors)
     floating = [key for key, t in tensors.items() if t.is_floating_point()]
     for key in floating:
         leaves = {k: t.detach().clone().requires_grad_(k == key) if t.is_floating_point() else t for k, t in tensors.items()}
@@ -122,6 +123,28 @@ def check_vmap(op: Op, tensors: dict[str, Tensor]) -> None:
         got, expected = (torch.autograd.grad([outs[i] for i in learnt], list(batch.values()), douts) for outs in (mapped, looped))
     for mine, theirs in zip((*mapped, *got), (*looped, *expected), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def check_hidden_second_derivatives(name: str, op: Op, tensors: dict[str, Tensor]) -> None:
+    """A gradient of a gradient raises, or is right, where transforms hide from a backward that there will be one: taken within vmap and
+    differentiated outside, or batched."""
+    batch = {key: torch.stack([t, t.flip(0)]).requires_grad_() for key, t in tensors.items() if t.is_floating_point()}
+    fixed = {key: t for key, t in tensors.items() if key not in batch}
+
+    def penalty(one: dict[str, Tensor]) -> Tensor:
+        grads = torch.func.grad(lambda one: sum(t.float().sum() for t in outputs(op(**fixed, **one))))(one)
+        return sum(grad.float().pow(2).sum() for grad in grads.values())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        loss = torch.func.vmap(penalty)(batch).sum() + sum(t.float().sum() for t in batch.values())
+        with pytest.raises(NotImplementedError, match=f"fastattn.{name}: double backward is not supported"):
+            loss.backward()
+        leaves = {key: t.detach().clone().requires_grad_() for key, t in tensors.items() if t.is_floating_point()}
+        outs = [t for t in outputs(op(**fixed, **leaves)) if t.requires_grad]
+        batched = [torch.randn(2, *t.shape).to(t.dtype) for t in outs]
+        with pytest.raises(NotImplementedError, match=f"fastattn.{name}: batched gradients are not supported"):
+            torch.autograd.grad(outs, list(leaves.values()), batched, is_grads_batched=True, create_graph=True)
 
 
 def check_compiled(op: Op, tensors: dict[str, Tensor], dynamic: bool | None = None, backend: str = "inductor") -> None:

@@ -239,6 +239,17 @@ def test_capacity_is_counted_exactly(factor, slots, capacity):
     assert (kept == 0).sum() == capacity and not kept[:capacity].any()
 
 
+def test_a_capacity_may_be_set_later():
+    layer, indices = MoE(16, 12, 10, 1), torch.zeros(100, 1, dtype=torch.int64)
+    for factor, capacity in ((1.1, 11), (0.5, 5)):
+        layer.capacity_factor = factor
+        assert (layer._within_capacity(indices) == 0).sum() == capacity and f"capacity_factor={factor}" in repr(layer)
+    with pytest.raises(ValueError, match="MoE: capacity_factor must be None or positive and finite, got -1"):
+        layer.capacity_factor = -1
+    layer.capacity_factor = None
+    assert layer(torch.randn(3, 16))[0].shape == (3, 16)
+
+
 @pytest.mark.both
 def test_a_dropped_slot_has_no_gradient():
     layer, x = MoE(16, 12, 4, 2, capacity_factor=0.5), torch.randn(40, 16, requires_grad=True)

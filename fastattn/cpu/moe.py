@@ -30,10 +30,11 @@ def moe_fwd(
     pre, y = x.new_empty(order.shape[0] if keep else 0, gate_up_proj.shape[1]), x.new_empty(order.shape[0], x.shape[1])
     for block, experts, sizes in _blocks(offsets):
         inputs = x.index_select(0, token[block])
-        z = inputs.new_empty(inputs.shape[0], gate_up_proj.shape[1], dtype=_wide(x.dtype))
+        wide = _wide(x.dtype)
+        z = pre[block] if keep and wide == x.dtype else inputs.new_empty(inputs.shape[0], gate_up_proj.shape[1], dtype=wide)
         _products(inputs, gate_up_proj, gate_up_bias, z, experts, sizes)
-        if keep:
-            pre[block] = z
+        if keep and wide != x.dtype:  # an infinite one would have a backward of NaN
+            pre[block] = z.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
         _products(_gated(*_halves(z, layout), activation).to(x.dtype), down_proj, down_bias, y[block], experts, sizes)
     return moe_combine_fwd(y, inverse, offsets, weights, top_k), pre
 

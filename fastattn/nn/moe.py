@@ -165,8 +165,8 @@ class MoE(torch.nn.Module):
         layout, transposed: how the experts' matrices lie, as in `fastattn.moe`.
         shared_intermediate_size: that of an expert which every token goes through, whose output is added; None for none.
         capacity_factor: c lets an expert take ⌈c·T·K/E⌉ of a forward's T·K slots, first come first served (in the order of tokens, then
-            of k); the others are dropped: they add nothing. It is read as the fraction that it is written as: 1.1 of 10
-            slots are 11. None, as everywhere today, drops none.
+            of k); the others are dropped: they add nothing. It is read as the fraction that it is written as, of a
+            denominator up to a million: 1.1 of 10 slots are 11. None, as everywhere today, drops none.
         dtype: float16, bfloat16 or float32; torch's default.
 
     forward(x) → (out, aux): x (…, H), float16, bfloat16 or float32, out like x (under autocast, in its dtype), and `MoEAux`, which every
@@ -214,12 +214,6 @@ class MoE(torch.nn.Module):
                 checks.reject(_OP, arg, "be positive", value)
         if top_k > num_experts:
             checks.reject(_OP, "top_k", f"be at most num_experts = {num_experts}", top_k)
-        if capacity_factor is not None:
-            checks.check_number(_OP, "capacity_factor", capacity_factor)
-            if not 0.0 < capacity_factor < math.inf:
-                checks.reject(_OP, "capacity_factor", "be None or positive and finite", capacity_factor)
-            # E times the share is all slots; the bounds keep the product with their number within 64 bits.
-            self._capacity = Fraction(str(min(capacity_factor, num_experts))).limit_denominator(10**6)
         parameters_dtype = torch.get_default_dtype() if dtype is None else dtype
         if parameters_dtype not in checks.FLOAT_DTYPES:
             checks.reject(_OP, "dtype", "be float16, bfloat16 or float32", parameters_dtype, TypeError)
@@ -290,6 +284,21 @@ class MoE(torch.nn.Module):
             parameter.requires_grad_(parameters[key].requires_grad)
         return made.train(block.training)
 
+    @property
+    def capacity_factor(self) -> float | None:
+        return self._capacity_factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float | None) -> None:
+        """May be set at any time, as for evaluation."""
+        if factor is not None:
+            checks.check_number(_OP, "capacity_factor", factor)
+            if not 0.0 < factor < math.inf:
+                checks.reject(_OP, "capacity_factor", "be None or positive and finite", factor)
+            # E times the share is all slots; the bounds keep the product with their number within 64 bits.
+            self._capacity = Fraction(str(min(factor, self.num_experts))).limit_denominator(10**6)
+        self._capacity_factor = factor
+
     def reset_parameters(self) -> None:
         """As torch's linear layers, and no selection bias: also what fills a layer that was made on the meta device."""
         for module in self.children():
@@ -350,7 +359,8 @@ def _adapt(module: MoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> Non
     """A transformers block's state_dict, in place: its router's name, and no shared expert of no size."""
     renamed = _renamed(state_dict, prefix)
     if module.shared_experts is None:
-        empty = [key for key, value in renamed.items() if key.startswith(f"{prefix}shared_experts.") and value.numel() == 0]
+        shared = f"{prefix}shared_experts."
+        empty = [key for key, t in renamed.items() if key.startswith(shared) and isinstance(t, Tensor) and t.numel() == 0]
         for key in empty:
             del renamed[key]
     state_dict.clear()

@@ -20,7 +20,7 @@ from . import checks
 from .dispatch import describe, log, runs_kernels
 from .grouped_mm import check_bias, check_matrices
 from .moe_routing import MAX_EXPERTS, check_ids, moe_dispatch
-from .operator import apply, autocast, define, differentiable, may_record, once
+from .operator import apply, autocast, define, differentiable, once, wants_gradient
 
 ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 LAYOUTS = ("concatenated", "interleaved")
@@ -213,5 +213,5 @@ def moe(
         checks.reject(op, "top_k_weights", f"have top_k_index's shape {checks.shape(top_k_index)}", checks.shape(top_k_weights))
     plan = moe_dispatch(top_k_index, num_experts)
     tensors = x, top_k_weights.float(), gate_up_proj, down_proj, gate_up_bias, down_bias
-    out, _ = apply(op, _MoE, *tensors, *plan, activation, layout, bool(transposed), may_record(*tensors))
+    out, _ = apply(op, _MoE, *tensors, *plan, activation, layout, bool(transposed), wants_gradient(*tensors))
     return out

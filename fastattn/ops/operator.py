@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from . import checks
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
+_BATCHED = torch._C._parse_dispatch_key("Batched")
 
 
 def define(schema: str, implementation: Callable, fake: Callable, *, torch_on_cuda: bool = False) -> None:
@@ -61,30 +62,34 @@ def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
         )
     if not torch.is_grad_enabled():
         return function.forward(*args)
-    if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_dynamo_compiling():
-            raise NotImplementedError(f"fastattn.{op}: torch.func transforms are not supported within torch.compile")
-        return function.apply(*args)
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and torch.compiler.is_dynamo_compiling():
+        raise NotImplementedError(f"fastattn.{op}: torch.func transforms are not supported within torch.compile (but under no_grad)")
     if not wants_gradient(*args):
         return function.forward(*args)
-    if torch.compiler.is_compiling():
+    if transformed or torch.compiler.is_compiling():
         return function.apply(*args)
     # What torch's own `apply` comes to here; but it first matches arguments to the signature, for longer than all else takes.
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def wants_gradient(*args: Any) -> bool:
-    """Whether autograd records what is computed from the tensors among these."""
+    """Whether autograd records what is computed from the tensors among these, within torch.func's transforms or outside."""
     if torch.is_grad_enabled():
+        wrapped = torch._C._are_functorch_transforms_active()
         for arg in args:  # a generator would take longer than the question
-            if isinstance(arg, Tensor) and arg.requires_grad:
+            if isinstance(arg, Tensor) and (arg.requires_grad or (wrapped and _within_requires_grad(arg))):
                 return True
     return False
 
 
-def may_record(*tensors: Tensor | None) -> bool:
-    """Whether autograd records, or may: within a torch.func transform a tensor does not say that a gradient of it is wanted outside."""
-    return wants_gradient(*tensors) or (torch.is_grad_enabled() and torch._C._are_functorch_transforms_active())
+def _within_requires_grad(t: Tensor) -> bool:
+    """Of what transforms have wrapped up in this tensor, which does not say so itself: one that vmap has batched, say."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+        if t.requires_grad:
+            return True
+    return False
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -103,7 +108,10 @@ def once(op: str, grads: Sequence[Tensor | None], *inputs: Tensor | None) -> tup
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # nothing records this backward
         return tuple(grads)
-    sources = [t for t in inputs if t is not None and t.requires_grad]
+    sources = [t for t in inputs if t is not None and wants_gradient(t)]
+    # The older vmap, of is_grads_batched, hides what a tensor has in it: no saying whether this is to be differentiated again.
+    if any(t is not None and torch._C._dispatch_keys(t).has(_BATCHED) for t in inputs):
+        raise NotImplementedError(f"fastattn.{op}: batched gradients are not supported with create_graph=True")
     if not sources:
         return tuple(grads)
     sources += [None] * (8 - len(sources))
