@@ -92,6 +92,32 @@ def test_attention_in_half_precision_and_of_shared_heads(dtype, kv_heads, both_w
 
 
 @BUILT
+@pytest.mark.parametrize("softcap", [1.0, 50.0, 1e3, 1e6, 1e30])
+def test_a_large_softcap_costs_no_digits(softcap):
+    """It multiplies a tanh of next to nothing."""
+    q, k, v = (torch.randn(1, 16, 2, 64, requires_grad=True) for _ in range(3))
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    out, truth = fastattn.attention(q, k, v, softcap=softcap), fastattn.reference.attention(*wide, softcap=softcap)
+    torch.testing.assert_close(out.double(), truth, rtol=2e-6, atol=2e-6)
+    dout = torch.randn_like(out)
+    for got, wanted in zip(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(truth, wide, dout.double()), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=5e-6, atol=5e-6)
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([16], dtype=torch.int32)
+    last = fastattn.paged_attention(q[:, -1:].detach(), k.detach(), v.detach(), table, lengths, softcap=softcap)
+    torch.testing.assert_close(last.double(), truth[:, -1:].detach(), rtol=2e-6, atol=2e-6)
+
+
+@BUILT
+def test_any_strides_of_lse():
+    q, k, v, dout = (torch.randn(2, 7, 4, 8) for _ in range(4))
+    inputs, options = (q, k, v, *[None] * 6), (7, 7, None, None, 0.3, 2.0, 0.0)
+    out, lse, _ = attention.attention_fwd(*inputs, *options)
+    strided = lse.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    both = [attention.attention_bwd(dout, None, *inputs, out, t, None, *options, False) for t in (lse, strided)]
+    assert all(torch.equal(a, b) for a, b in zip(*(grads[:3] for grads in both), strict=True))
+
+
+@BUILT
 def test_the_dropout_mask_is_the_same_bit_for_bit():
     """Of equal scores the output times S_k·(1 − p) counts the kept keys, by v's one-hot rows."""
     seed, p, seqlen = torch.tensor([42]), 0.25, 37
@@ -195,7 +221,7 @@ def run_these(names: str, **environment: str) -> str:
 @BUILT
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_instruction_sets(capability):
-    assert "passed" in run_these("torch_makes or half_precision or mask", ATEN_CPU_CAPABILITY=capability)
+    assert "passed" in run_these("torch_makes or half_precision or mask or large_softcap", ATEN_CPU_CAPABILITY=capability)
 
 
 @BUILT

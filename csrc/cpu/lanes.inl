@@ -73,10 +73,15 @@ inline Lanes exp_(Lanes x) {
 
 inline float exp_(float x) { return exp_(Lanes{} + x)[0]; }
 
-// tanh x = sign(x)·(1 − e^(−2|x|)) / (1 + e^(−2|x|))
+// tanh x = sign(x)·(1 − e^(−2|x|)) / (1 + e^(−2|x|)); where that difference would cancel, x + x³·P(x²) with P from Cephes' tanhf: a large
+// softcap multiplies what is lost.
 inline Lanes tanh_(Lanes x) {
-  const Lanes e = exp_(x < 0.0f ? 2.0f * x : -2.0f * x), t = (1.0f - e) / (1.0f + e);
-  return x < 0.0f ? -t : t;
+  const Lanes size = x < 0.0f ? -x : x, e = exp_(-2.0f * size), t = (1.0f - e) / (1.0f + e), z = x * x;
+  Lanes p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return size < 0.625f ? x + x * z * p : x < 0.0f ? -t : t;
 }
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));

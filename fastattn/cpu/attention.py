@@ -184,7 +184,7 @@ def attention_bwd(
     """
     if weights is None and _compiled_fits(q, k, attn_bias, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
         dq, dk, dv, delta = torch.ops.fastattn.attention_bwd_cpp(
-            _with_rows(dout), _small(dlse), *map(_with_rows, (q, k, v)), _small(alibi_slopes), _small(sinks), dropout_seed, lse,
+            _with_rows(dout), _small(dlse), *map(_with_rows, (q, k, v)), _small(alibi_slopes), _small(sinks), dropout_seed, _small(lse),
             window_left, window_right, softmax_scale, softcap, _resolved(dropout_p),
         )  # fmt: skip
         return dq, dk, dv, None, None if sinks is None else _sinks_gradient(sinks, lse, delta, dlse)
