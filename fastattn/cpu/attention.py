@@ -122,7 +122,7 @@ def attention_fwd(
     where `keeps_weights` says so: the weights, (B, H, S_q, S_k) in `product_dtype`, dropped ones with a minus sign.
     """
     if not keep_weights and _compiled_fits(q, k, attn_bias, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
-        tensors = *map(_with_rows, (q, k, v)), _small(alibi_slopes), _small(sinks), dropout_seed
+        tensors = *map(_with_rows, (q, k, v)), contiguous_floats(alibi_slopes), contiguous_floats(sinks), dropout_seed
         options = window_left, window_right, softmax_scale, softcap, _resolved(dropout_p)
         return *torch.ops.fastattn.attention_fwd_cpp(*tensors, *options), None
     unmodified = cu_seqlens_q is None and sinks is None and softcap == dropout_p == 0 and not keep_weights
@@ -184,8 +184,9 @@ def attention_bwd(
     """
     if weights is None and _compiled_fits(q, k, attn_bias, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
         dq, dk, dv, delta = torch.ops.fastattn.attention_bwd_cpp(
-            _with_rows(dout), _small(dlse), *map(_with_rows, (q, k, v)), _small(alibi_slopes), _small(sinks), dropout_seed, _small(lse),
-            window_left, window_right, softmax_scale, softcap, _resolved(dropout_p),
+            _with_rows(dout), contiguous_floats(dlse), *map(_with_rows, (q, k, v)), contiguous_floats(alibi_slopes),
+            contiguous_floats(sinks), dropout_seed, contiguous_floats(lse), window_left, window_right, softmax_scale, softcap,
+            _resolved(dropout_p),
         )  # fmt: skip
         return dq, dk, dv, None, None if sinks is None else _sinks_gradient(sinks, lse, delta, dlse)
     fusable = weights is None and dlse is None and _fused_backward_fits(q.dtype, bias_grad)
@@ -243,7 +244,8 @@ def _with_rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _small(t: torch.Tensor | None) -> torch.Tensor | None:
+def contiguous_floats(t: torch.Tensor | None) -> torch.Tensor | None:
+    """As the compiled operators read all but queries, keys and values."""
     return None if t is None else t.float().contiguous()
 
 
@@ -404,7 +406,7 @@ def _fused_inputs(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """(B, S, H, any D) tensors as the fused op needs them: (B, H, S, D) views, one D for all, last stride 1."""
     head_dim = max(t.shape[-1] for t in tensors)
     tensors = (t if t.shape[-1] == head_dim else F.pad(t, (0, head_dim - t.shape[-1])) for t in tensors)
-    return [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors]
+    return [_with_rows(t).transpose(1, 2) for t in tensors]
 
 
 def _one_call(q, k, v, bias, slopes, left, right) -> bool | None:

@@ -65,7 +65,7 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     """The operator's contract on CPU tensors; page ids that count are taken to be valid. num_splits changes nothing here."""
     if extension.available("paged_attention_cpp") and max_seqlen_q * (q.shape[-2] // k_cache.shape[2]) <= _COMPILED_ROWS:
-        floats = (None if t is None else t.float().contiguous() for t in (alibi_slopes, sinks, k_scale, v_scale))
+        floats = map(dense.contiguous_floats, (alibi_slopes, sinks, k_scale, v_scale))
         return torch.ops.fastattn.paged_attention_cpp(
             q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, *floats, leftpad, max_seqlen_q, window_left, window_right,
             softmax_scale, softcap,
