@@ -42,26 +42,26 @@ inline void multiply_rows(const float* a, int64_t rows, const float* b, int64_t 
   for (; r < rows; ++r) multiply<1>(a + r * width, b, width, out + r * apart, apart);
 }
 
-// out[r] += Σ_u w[r, u]·v[u] for rows r and UNROLL u; w[r, u] is weights[r·row_stride + u·stride].
+// out[r] += Σ_u weights[r, u]·v[u] for rows r and UNROLL u; weights' rows are `apart` floats apart.
 template <int COUNT>
 inline void accumulate(
-    const float* __restrict__ weights, int64_t row_stride, int64_t stride, const float* __restrict__ v, int64_t width, float* __restrict__ out) {
+    const float* __restrict__ weights, int64_t apart, const float* __restrict__ v, int64_t width, float* __restrict__ out) {
   for (int64_t d = 0; d < width; d += LANES) {
     Lanes y[UNROLL];
     for (int u = 0; u < UNROLL; ++u) y[u] = lanes_at(v + u * width + d);
     for (int r = 0; r < COUNT; ++r) {
       Lanes x = lanes_at(out + r * width + d);
-      for (int u = 0; u < UNROLL; ++u) x += weights[r * row_stride + u * stride] * y[u];
+      for (int u = 0; u < UNROLL; ++u) x += weights[r * apart + u] * y[u];
       lanes_at(out + r * width + d) = x;
     }
   }
 }
 
 inline void accumulate_rows(
-    const float* weights, int64_t row_stride, int64_t stride, int64_t rows, const float* v, int64_t width, float* out) {
+    const float* weights, int64_t apart, int64_t rows, const float* v, int64_t width, float* out) {
   int64_t r = 0;
-  for (; r + TILE <= rows; r += TILE) accumulate<TILE>(weights + r * row_stride, row_stride, stride, v, width, out + r * width);
-  for (; r < rows; ++r) accumulate<1>(weights + r * row_stride, row_stride, stride, v, width, out + r * width);
+  for (; r + TILE <= rows; r += TILE) accumulate<TILE>(weights + r * apart, apart, v, width, out + r * width);
+  for (; r < rows; ++r) accumulate<1>(weights + r * apart, apart, v, width, out + r * width);
 }
 
 // One chunk of keys of one sequence and key head, seen by a block of rows: their running maximum, sum and weighted values, by the online
@@ -138,7 +138,7 @@ void attend(const Params& p, const Item& item, int64_t kv_head, float* __restric
 
     for (int64_t j = 0; j < keys; j += UNROLL) {
       load(p.v, start + j, p.head_dim_v, width_v);
-      accumulate_rows(scores + j, BLOCK, 1, rows, loaded, width_v, acc);
+      accumulate_rows(scores + j, BLOCK, rows, loaded, width_v, acc);
     }
   }
 
