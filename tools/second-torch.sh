@@ -60,3 +60,8 @@ TRITON_INTERPRET=1 "${pytest[@]}" -m "interpret and not more" \
 rows=(tests/test_{softmax,norm,rotary,glu,cross_entropy,linear_cross_entropy,sampling,merge_attention,append_paged_kv,paged_attention,moe_routing,grouped_mm,moe}.py)
 TRITON_INTERPRET=1 "${pytest[@]}" -m "(interpret or both) and not more" -k "values or operator or order" "${rows[@]}"
 "${pytest[@]}" -m "not interpret and not more and not gpu" -k "operator or cuda or compile or values" "${rows[@]}"
+
+# A wheel that the first torch built has to run under this one.
+if "$python" -c "import pytest, torch" 2>/dev/null; then
+  FASTATTN_SECOND_TORCH=$(realpath -s "$dir/bin/python") "$python" -m pytest -q -p no:cacheprovider -rs tests/test_wheel.py -k "another_torch or cuda_torch"
+fi

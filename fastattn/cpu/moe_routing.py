@@ -1,11 +1,15 @@
-"""Routing to experts and back on the CPU: torch's stable sort, and gathers of one of a token's rows at a time."""
+"""Routing to experts and back on the CPU: a stable sort (in C++ where it is built), and gathers of one of a token's rows at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from . import extension
+
 _TINY = 1e-20  # in the denominator of renormalised weights
+
+extension.define("moe_dispatch_cpp(Tensor indices, int num_experts) -> (Tensor order, Tensor inverse, Tensor offsets)")
 
 
 def moe_route_fwd(
@@ -59,6 +63,8 @@ def _sorted(x: Tensor) -> Tensor:
 
 
 def moe_dispatch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    if extension.available("moe_dispatch_cpp"):
+        return torch.ops.fastattn.moe_dispatch_cpp(indices, num_experts)
     bins = _bins(indices, num_experts)
     order = bins.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
