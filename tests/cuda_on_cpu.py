@@ -19,6 +19,10 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SEEDS = (0, 1, 2, 3, 4)  # threads ascending, descending, and three times shuffled
 GUARD = 64  # bytes before and after a buffer in this process, which nobody may write
 
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+DTYPES = {F32: 0, F16: 1, BF16: 2}
+NAN = float("nan")
+
 # no-strict-aliasing: nvcc has none either.
 FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -148,6 +152,20 @@ class Case:
         return getattr(type(self.params), name).offset
 
 
+def nothing(*shape: int, dtype: torch.dtype = F32, gap: int = 0) -> Tensor:
+    """NaN, or the largest int: what a kernel must overwrite. gap: that many elements more between rows."""
+    fill = NAN if dtype.is_floating_point else torch.iinfo(dtype).max
+    rows = torch.full((*shape[:-1], shape[-1] + gap), fill, dtype=dtype)
+    return rows[..., : shape[-1]]
+
+
+def spread(t: Tensor, gap: int) -> Tensor:
+    """The same rows with gaps of NaN between them."""
+    rows = nothing(*t.shape, dtype=t.dtype, gap=gap)
+    rows.copy_(t)
+    return rows
+
+
 @dataclass
 class Answer:
     message: str
@@ -245,3 +263,26 @@ def check_apart(program: Path, cases: Sequence[Case], seeds: Sequence[int], fold
         judge(case, answers[at])
         first = answers[at - at % len(seeds)]
         assert answers[at].data == first.data, f"{case.name}: other bits with seed {seed} than with {seeds[0]}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Faults, and what the checks say of them.
+
+REDUCE, VECTOR = "common/reduce.hpp", "common/vector.hpp"
+WARPS, LANES, BLOCKS, NOTHING = "race between warps", "race between lanes of a warp", "race between blocks", "holds nothing yet"
+THREADS = f"{LANES}|{WARPS}"
+OUTSIDE, CRASH = "(heap-buffer-overflow|out of bounds)", "Crash: "
+WRONG = "AssertionError: "
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old`, which `file` has once, becomes `new`. caught: by build, a pattern of what its run must end with."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    caught: dict[str, str] = field(hash=False)
+    quick: bool = False  # run by `make test`, not in `make test-more` alone
+    far: bool = False  # seen by rows gigabytes apart

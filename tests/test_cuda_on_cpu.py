@@ -8,8 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from cuda_cases import all_floats_case, far_norm_case, misuse_cases, norm_cases, probe_cases
-from cuda_faults import FAULTS
+from cuda_kernels import norm, probes
 from cuda_on_cpu import (
     CSRC,
     SEEDS,
@@ -25,7 +24,9 @@ from cuda_on_cpu import (
     load,
 )
 
-CASES = [*probe_cases(), *norm_cases()]
+KERNELS = (probes, norm)
+CASES = [case for kernels in KERNELS for case in kernels.CASES]
+FAR = [case for kernels in KERNELS for case in kernels.FAR]
 IDS = [f"{i}-{case.name}".replace(" ", "_") for i, case in enumerate(CASES)]
 
 
@@ -66,19 +67,19 @@ def test_values_and_the_same_bits_in_every_order(library, case):
 
 
 def test_conversions_are_exact(library):
-    case = all_floats_case()
+    case = probes.all_floats_case()
     judge(case, call_here(library, case, 0))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("case", misuse_cases(), ids=lambda case: case.name.split()[0])
+@pytest.mark.parametrize("case", probes.misuse_cases(), ids=lambda case: case.name.split()[0])
 def test_misuses_are_named_and_the_next_launch_is_right(library, case, seed):
     judge(case, call_here(library, case, seed))
     judge(CASES[0], call_here(library, CASES[0], seed))
 
 
 def test_offsets_beyond_32_bits(build, tmp_path):
-    check_apart(build("plain"), [far_norm_case()], (0, 2), tmp_path)
+    check_apart(build("plain"), FAR, (0, 2), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def test_offsets_beyond_32_bits(build, tmp_path):
 
 
 def test_address_and_undefined_behaviour(build, tmp_path):
-    check_apart(build("asan"), [*CASES, *misuse_cases(), *CASES[:4]], (0, 2), tmp_path)
+    check_apart(build("asan"), [*CASES, *probes.misuse_cases(), *CASES[:4]], (0, 2), tmp_path)
 
 
 def test_races_and_uninitialised_shared_memory(build, tmp_path):
@@ -120,27 +121,25 @@ def test_nvcc_spills_nothing(source, arch, tmp_path):
 # The checks themselves: each planted fault is caught by the checks that are there for it.
 
 SEEDS_OF = {"plain": SEEDS, "asan": (0, 2), "races": (0, 2, 3)}
-PLANTED = [(fault, name) for fault in FAULTS for name in fault.caught]
+PLANTED = [(kernels, fault, name) for kernels in KERNELS for fault in kernels.FAULTS for name in fault.caught]
 
 
 @pytest.mark.parametrize(
-    "fault, name",
-    [pytest.param(fault, name, marks=[] if fault.quick and name != "plain" else pytest.mark.more) for fault, name in PLANTED],
-    ids=[f"{name}-{fault.name}".replace(" ", "_") for fault, name in PLANTED],
+    "kernels, fault, name",
+    [pytest.param(*planted, marks=[] if planted[1].quick and planted[2] != "plain" else pytest.mark.more) for planted in PLANTED],
+    ids=[f"{name}-{fault.name}".replace(" ", "_") for _, fault, name in PLANTED],
 )
-def test_a_planted_fault_is_caught(fault, name, build, tmp_path):
+def test_a_planted_fault_is_caught(kernels, fault, name, build, tmp_path):
     build(name)
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     text = (csrc / fault.file).read_text()
     assert text.count(fault.old) == 1, f"{fault.file} must hold the fault's place once"
     (csrc / fault.file).write_text(text.replace(fault.old, fault.new))
-    source = next(s for s in kernels_of(csrc) if s.stem == {"norm_fwd": "norm", "probe": "probes"}[fault.op])
-    (changed,) = compile_objects(name, csrc, tmp_path, [source], warnings=False)
+    (changed,) = compile_objects(name, csrc, tmp_path, [csrc / kernels.SOURCE], warnings=False)
     clean = [o for o in build.objects[name] if o.name != changed.name]
     program = link(name, [changed, *clean], tmp_path / "replay")
-    cases = [far_norm_case()] if fault.far else [case for case in CASES if case.op == fault.op]
     with pytest.raises((Crash, Refused, AssertionError)) as caught:
-        check_apart(program, cases, SEEDS_OF[name], tmp_path)
+        check_apart(program, kernels.FAR if fault.far else kernels.CASES, SEEDS_OF[name], tmp_path)
     said = f"{caught.typename}: {caught.value}"
     assert re.search(fault.caught[name], said, re.DOTALL), said

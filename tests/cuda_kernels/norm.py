@@ -1,4 +1,4 @@
-"""The cases that every build of csrc/cuda is held to, small enough for the slowest; test_cuda_on_cpu.py adds larger ones."""
+"""csrc/cuda/norm.cu: the cases that every build is held to, small enough for the slowest, and the faults that they must see."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
-from cuda_on_cpu import Buffer, Case
+from cuda_on_cpu import (
+    BF16,
+    CRASH,
+    DTYPES,
+    F16,
+    F32,
+    LANES,
+    NAN,
+    NOTHING,
+    OUTSIDE,
+    REDUCE,
+    THREADS,
+    VECTOR,
+    WARPS,
+    WRONG,
+    Buffer,
+    Case,
+    Fault,
+    nothing,
+    spread,
+)
 from torch import Tensor
 
 from fastattn import reference
 from fastattn.testing.budget import check_budget
 
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-DTYPES = {F32: 0, F16: 1, BF16: 2}
-NAN = float("nan")
-
-
-def nothing(*shape: int, dtype: torch.dtype = F32, gap: int = 0) -> Tensor:
-    """NaN, or the largest int: what a kernel must overwrite. gap: that many elements more between rows."""
-    fill = NAN if dtype.is_floating_point else torch.iinfo(dtype).max
-    rows = torch.full((*shape[:-1], shape[-1] + gap), fill, dtype=dtype)
-    return rows[..., : shape[-1]]
-
-
-def spread(t: Tensor, gap: int) -> Tensor:
-    """The same rows with gaps of NaN between them."""
-    rows = nothing(*t.shape, dtype=t.dtype, gap=gap)
-    rows.copy_(t)
-    return rows
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Norms.
+SOURCE = "cuda/norm.cu"
 
 
 class NormParams(ctypes.Structure):
@@ -199,114 +199,49 @@ def far_norm_case() -> Case:
     return norm_case("rows 2^30 apart", made, subtract_mean=False, sparse=2**30)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The stand-in itself.
-
-
-class ProbeParams(ctypes.Structure):
-    _fields_ = [("in_", c_void_p), ("out", c_void_p), ("size", c_int64), ("probe", c_int32)]
-
-
-PROBES = (
-    "warp_functions", "conversions", "pipeline", "histogram", "halves", "dynamic", "barrier_in_branch", "two_barriers", "early_return",
-    "caller_not_in_mask", "source_not_in_mask", "shuffle_in_branch", "lane_returned", "part_warp", "unaligned_copy", "too_many_threads",
-)  # fmt: skip
-
-# What each misuse answers: lines are those of probes.cu that it happens at.
-MISUSES = {
-    "barrier_in_branch": r"deadlock in block \(0, 0, 0\): 40 in __syncthreads at probes.cu:\d+ \(threads 0-39\); 24 returned \(threads 40-63\)",
-    "two_barriers": r"deadlock .*: 32 in __syncthreads at probes.cu:\d+ \(threads 0, 2, .*; 32 in __syncthreads at probes.cu:\d+ \(threads 1, 3",
-    "early_return": r"deadlock .*: 63 in __syncthreads at probes.cu:\d+ \(threads 0-4, 6-63\); 1 returned \(threads 5\)",
-    "caller_not_in_mask": r"__shfl_sync at probes.cu:\d+ with mask 0x7fffffff: the caller, lane 31, is not in its mask",
-    "source_not_in_mask": r"__shfl_xor_sync at probes.cu:\d+: lane 0 reads lane 8, which is not in the mask 0x000000ff",
-    "shuffle_in_branch": r"__shfl_sync at probes.cu:\d+ with mask 0xffffffff: lane \d+ is here, lane \d+ in __shfl_sync at probes.cu:\d+",
-    "lane_returned": r"returned",
-    "part_warp": r"__syncwarp at probes.cu:\d+ with mask 0xffffffff: the block has no lane 16 in this warp",
-    "unaligned_copy": r"cp.async at cp_async.hpp:\d+: an address is not at a multiple of the size",
-    "too_many_threads": r"^cudaError 9$",
-}
-
-
-def probe_case(name: str, into: Tensor, out: Tensor, want: Tensor | None = None, answer: str = "") -> Case:
-    params = ProbeParams(size=len(into), probe=PROBES.index(name))
-
-    def judge(out: Tensor) -> None:
-        assert torch.equal(out, want), f"{name}: at {(out != want).nonzero()[:5].tolist()}"
-
-    return Case(f"{name} {len(into)}", "probe", params, [Buffer(into, ("in_",), False), Buffer(out, ("out",), True)], judge, answer)
-
-
-def warp_functions_expected(v: Tensor) -> Tensor:
-    lane = torch.arange(32)
-    odd, below = (v % 2).bool(), lambda source, width: torch.where(source // width == lane // width, source, lane)
-    bits = lambda flags: int(sum(1 << i for i, flag in enumerate(flags.tolist()) if flag))  # noqa: E731
-    columns = [
-        v[(lane + 5) % 32],
-        v[lane // 8 * 8 + 9 % 8],
-        v[below(lane - 3, 32).where(lane >= 3, lane)],
-        v[below(lane - 3, 16).where(lane >= 3, lane)],
-        v[below(lane + 7, 32).where(lane < 25, lane)],
-        v[below(lane + 2, 4)],
-        v[lane ^ 17],
-        v[torch.where((lane ^ 8) // 8 <= lane // 8, lane ^ 8, lane)],  # an earlier segment's lane is read, a later one's is not
-        torch.full((32,), bits(odd)),
-        torch.tensor([bits(v % 3 == x % 3) for x in v]),
-        torch.full((32,), int((v == 0).any()) + 2),
-        torch.full((32,), int(v.sum())),
-        torch.full((32,), int(v.min()) - 30000),
-        torch.full((32,), int(v.max())),
-        torch.tensor([x.bit_count() + 100 * ((x & -x).bit_length()) + 10000 * (32 - x.bit_length()) for x in v.tolist()]),
-        torch.full((32,), int(odd.sum()) + 100 * int((v == 1).any()) + 1000),
-    ]
-    wrapped = torch.stack(columns, 1)
-    return torch.where(wrapped >= 2**31, wrapped - 2**32, wrapped).int()
-
-
-def conversions_expected(bits: Tensor) -> Tensor:
-    floats = bits.view(F32)
-    as_bits = lambda t: t.view(torch.int16).int() & 0xFFFF  # noqa: E731
-    nan = torch.tensor(0x7FFF, dtype=torch.int32)
-    half, bfloat = (torch.where(floats.isnan(), nan, as_bits(floats.to(dtype))) for dtype in (F16, BF16))
-    from_half = (bits & 0xFFFF).to(torch.int16).view(F16)
-    payload = (bits & 0x8000) << 16 | 0x7F800000 | (bits & 0x3FF) << 13  # torch quiets a signalling NaN
-    return torch.stack([half, bfloat, torch.where(from_half.isnan(), payload, from_half.float().view(torch.int32))])
-
-
-def probe_cases() -> list[Case]:
-    """The right ones. Numbers are int32 here: torch has few operations on unsigned ones."""
-    generator = torch.Generator().manual_seed(5)
-    draw = lambda size, top=2**16: torch.randint(0, top, (size,), generator=generator, dtype=torch.int32)  # noqa: E731
-    cases = []
-    for v in (draw(32), draw(32, 2), torch.arange(32, dtype=torch.int32)):
-        cases.append(probe_case("warp_functions", v, nothing(32, 16, dtype=torch.int32), warp_functions_expected(v.long())))
-    floats = torch.randn(300, generator=generator) * torch.logspace(-9, 5, 300)
-    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), NAN, 65504.0, 65519.996, 65520.0, 2**-24, 2**-25, 1.5 * 2**-25, 2**-14, 3.39e38])
-    given = torch.cat([floats, special]).view(torch.int32)
-    cases.append(probe_case("conversions", given, nothing(3, len(given), dtype=torch.int32), conversions_expected(given)))
-    for size in (1280, 1, 1279, 3001):
-        v = draw(size)
-        blocks = -(-size // 1280)
-        sums = torch.nn.functional.pad(v, (0, blocks * 1280 - size)).view(blocks, 1280).sum(1, dtype=torch.int32)
-        cases.append(probe_case("pipeline", v, torch.zeros(blocks, dtype=torch.int32), sums))
-    v = draw(500)
-    cases.append(probe_case("histogram", v, torch.zeros(16, dtype=torch.int32), torch.bincount(v % 16, minlength=16).int()))
-    v = draw(64)
-    cases.append(probe_case("halves", v, nothing(64, dtype=torch.int32), v.view(4, 16).flip(1).flatten()))
-    for size in (1, 40, 1024):
-        v = draw(size)
-        cases.append(probe_case("dynamic", v, nothing(size, dtype=torch.int32), v.flip(0)))
-    return cases
-
-
-def misuse_cases() -> list[Case]:
-    return [probe_case(name, torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32), answer=said) for name, said in MISUSES.items()]
-
-
-def all_floats_case() -> Case:
-    """Each half, and floats around every rounding boundary of half and bfloat16."""
-    exponents = torch.arange(0, 2**16, dtype=torch.int64) << 16
-    near = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    bits = (exponents[:, None] | near).flatten()
-    bits = torch.cat([bits, torch.arange(2**16)])
-    bits = torch.where(bits >= 2**31, bits - 2**32, bits).int()
-    return probe_case("conversions", bits, nothing(3, len(bits), dtype=torch.int32), conversions_expected(bits))
+CASES = norm_cases()
+FAR = [far_norm_case()]
+FAULTS = [
+    # Barriers.
+    Fault("no barrier in a block's sum", REDUCE, "  __syncthreads();\n", "", {"races": f"{NOTHING}|{WARPS}", "plain": WRONG}, quick=True),
+    Fault("one array for two sums", SOURCE, "row_sum(squares, shared<Shared>().squares)", "row_sum(squares, shared<Shared>().sum)", {"races": WARPS}),
+    Fault("first entry overwritten while a warp reads it", SOURCE, "      __syncwarp();\n", "      ;\n", {"races": LANES}),
+    Fault("first entry overwritten while a block reads it", SOURCE, "__syncthreads();  // without one", ";  // without one", {"races": THREADS, "plain": WRONG}),
+    Fault("first entry of a long row overwritten", SOURCE, "if (kSubtractMean && row.residual != nullptr) __syncthreads();", "", {"races": THREADS, "plain": WRONG}),
+    Fault("barrier in a branch", REDUCE, "  if (lane == 0) partials[threadIdx.x / kWarpSize] = value;\n  __syncthreads();\n",
+          "  if (lane == 0) {\n    partials[threadIdx.x / kWarpSize] = value;\n    __syncthreads();\n  }\n", {"plain": "Refused: .*(deadlock in block|in __syncthreads at reduce.hpp)"}),
+    Fault("threads without columns return early", SOURCE, "  const int64_t step = static_cast<int64_t>(blockDim.x) * kWidth;\n  const auto row_sum",
+          "  const int64_t step = static_cast<int64_t>(blockDim.x) * kWidth;\n  if (first_col >= p.num_cols) return;\n  const auto row_sum", {"plain": "Refused: .*returned"}),
+    # Warp functions.
+    Fault("a shuffle's mask leaves out its caller", REDUCE, "__shfl_xor_sync(kFullMask, value, distance)", "__shfl_xor_sync(0x7fffffff, value, distance)",
+          {"plain": "Refused: .*__shfl_xor_sync at reduce.hpp:.*the mask 0x7fffffff"}),
+    Fault("a sum of 16 pairs", REDUCE, "distance > 0;", "distance > 1;", {"plain": WRONG}),
+    Fault("a shuffle's width is half a warp", REDUCE, "value, distance)", "value, distance, 16)", {"plain": WRONG}),
+    # Memory.
+    Fault("entries of shared memory that no warp wrote", REDUCE, "warp_sum(lane < num_warps ? partials[lane] : 0.0f)", "warp_sum(partials[lane])",
+          {"races": NOTHING, "asan": OUTSIDE, "plain": WRONG}),
+    Fault("a vector read across the row's end", VECTOR, "  if (aligned && count >= kVectorSize<T>) {\n    vector.bits = *", "  if (aligned && count > 0) {\n    vector.bits = *", {"asan": OUTSIDE}, quick=True),
+    Fault("a vector stored across the row's end", VECTOR, "  if (aligned && count >= kVectorSize<T>) {\n    *reinterpret_cast<uint4*>(to)", "  if (aligned && count > 0) {\n    *reinterpret_cast<uint4*>(to)",
+          {"asan": OUTSIDE, "plain": f"({WRONG}.*written between its rows|{CRASH})"}),
+    Fault("an entry read past the row's end", VECTOR, "if (i < count) vector.lanes[i]", "if (i <= count) vector.lanes[i]", {"asan": OUTSIDE}),
+    Fault("an entry stored past the row's end", VECTOR, "if (i < count) to[i]", "if (i <= count) to[i]", {"asan": OUTSIDE, "plain": f"({WRONG}.*written between its rows|{CRASH})"}),
+    Fault("one row too many", SOURCE, "if (index >= p.num_rows) return;", "if (index > p.num_rows) return;", {"asan": OUTSIDE}),
+    Fault("statistics one row further", SOURCE, "p.stats[p.num_rows + row] = mean", "p.stats[p.num_rows + row + 1] = mean", {"asan": OUTSIDE, "plain": f"{WRONG}|{CRASH}"}),
+    Fault("more threads than partial sums", SOURCE, "warps > kMaxThreads / kWarpSize;", "warps > kMaxThreads / kWarpSize + 1;", {"asan": OUTSIDE}),
+    Fault("16 bytes of a row that is not aligned", SOURCE, "aligned(is_aligned(x) && is_aligned(y) && is_aligned(residual) && is_aligned(h))", "aligned(true)", {"asan": "misaligned address"}),
+    Fault("16 bytes of a residual that is not aligned", SOURCE, " && is_aligned(residual)", "", {"asan": "misaligned address"}),
+    Fault("16 bytes of a weight that is not aligned", SOURCE, "const bool aligned = is_aligned(parameter);", "const bool aligned = true;", {"asan": "misaligned address"}),
+    Fault("all threads store the statistics", SOURCE, "if (p.stats == nullptr || threadIdx.x != 0) return;", "if (p.stats == nullptr) return;", {"races": f"({THREADS}).*write by .*write by"}),
+    Fault("an offset of 32 bits, signed", SOURCE, "row * p.stride_x", "static_cast<int>(row) * static_cast<int>(p.stride_x)", {"plain": WRONG, "asan": "signed integer overflow"}, far=True),
+    Fault("an offset of 32 bits, unsigned", SOURCE, "row * p.stride_y", "static_cast<unsigned>(row * p.stride_y)", {"plain": WRONG}, far=True),
+    # Values.
+    Fault("what lies past the row counts", SOURCE, "h[c][i] = i < count ? h[c][i] - rest : 0.0f;", "h[c][i] = h[c][i] - rest;", {"plain": WRONG}),
+    Fault("a common offset is not taken off first", SOURCE, "const float shift = kSubtractMean ? row.first() : 0.0f;\n  if (kSubtractMean) {", "const float shift = 0.0f;\n  if (kSubtractMean) {",
+          {"plain": f"{WRONG}layer_norm of constant rows"}),
+    Fault("the sum is not rounded before it is normalised", SOURCE, "sum[i] = to_float(from_float<T>(to_float(added.lanes[i]) + sum[i]));", "sum[i] += to_float(added.lanes[i]);", {"plain": f"{WRONG}.*rounded more than once"}),
+    Fault("rounded before the weight and after", SOURCE, "x_hat[i] *= parameter[i] + p.weight_offset;", "x_hat[i] = to_float(from_float<T>(x_hat[i])) * (parameter[i] + p.weight_offset);",
+          {"plain": f"{WRONG}.*rounded more than once"}),
+    Fault("the weight's offset is left out", SOURCE, "parameter[i] + p.weight_offset", "parameter[i]", {"plain": WRONG}),
+    Fault("a long row's second walk reads x", SOURCE, "const T* stored = row.residual == nullptr ? row.x : row.h;", "const T* stored = row.x;", {"plain": WRONG}),
+    Fault("eps outside the root", SOURCE, "rsqrtf(squares / static_cast<float>(p.num_cols) + p.eps)", "rsqrtf(squares / static_cast<float>(p.num_cols)) + p.eps", {"plain": WRONG}),
+]  # fmt: skip
