@@ -8,7 +8,7 @@ is tagged for one Python version, never abi3. The CUDA operators need nvcc too, 
 
 Environment variables of a build, beside the compilers' own CC, CXX, CFLAGS and LDFLAGS:
 
-    FASTATTN_CUDA=0        leave the CUDA operators out; 1: fail where they cannot be built
+    FASTATTN_CUDA=0        leave the CUDA operators out; 1: build them whatever torch this is, and fail where they cannot be built
     FASTATTN_CUDA_ARCHS    what they are compiled for, "80;90a;100a;120" where nvcc knows these; and PTX of the lowest
     CUDA_HOME              the CUDA toolkit, where it is not the one that nvcc on the path belongs to
     MAX_JOBS               how many sources ninja compiles at a time
@@ -72,14 +72,13 @@ def operators() -> list[Extension]:
 
 
 def cuda_operators() -> list[Extension]:
-    """fastattn._cuda, the same for CUDA tensors, once csrc/cuda/ has bindings for its kernels."""
-    if not os.path.exists("csrc/cuda/bindings.cpp"):
-        return []
+    """fastattn._cuda, the same for CUDA tensors: where torch has CUDA, or they are asked for, as for a wheel that others install."""
     asked = os.environ.get("FASTATTN_CUDA", "")
     if asked not in ("", "0", "1"):
         sys.exit(f"fastattn: FASTATTN_CUDA must be 0 or 1, got {asked!r}")
     home = cuda_home()
     why = "turned off by FASTATTN_CUDA=0" if asked == "0" else no_torch()
+    why = why or (None if asked == "1" or torch_has_cuda() else "this torch has no CUDA (FASTATTN_CUDA=1 builds them for another)")
     why = why or (None if home else "there is no nvcc, and no CUDA_HOME that has one")
     why = why or (None if compiles(Extension) else NO_COMPILER)
     if why:
@@ -124,6 +123,12 @@ def no_torch() -> str | None:
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         return f"they need torch 2.10, this is {torch.__version__}"
     return "they need GCC or Clang" if os.name == "nt" else None
+
+
+def torch_has_cuda() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
 
 
 def over_torch() -> dict:

@@ -74,7 +74,7 @@ def _info(options: argparse.Namespace) -> int:
     import fastattn
     from fastattn.benchmarks.bench_attention import peers
     from fastattn.benchmarks.provenance import PACKAGES, commit, device_details, version
-    from fastattn.cpu import extension
+    from fastattn.extensions import cpu_operators, cuda_operators
     from fastattn.ops.dispatch import INTERPRET
     from fastattn.page_pool import COMPILED
 
@@ -84,7 +84,8 @@ def _info(options: argparse.Namespace) -> int:
         ("torch", f"{torch.__version__}, {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU only'}"),
         *((name, version(name) or "absent") for name in PACKAGES),
         ("page pool", "C++" if COMPILED else "Python (no compiler, or no pybind11, when it was installed)"),
-        ("CPU operators", f"{extension.why_not}: torch's ops instead" if extension.why_not else "C++ (fastattn._C)"),
+        ("CPU operators", f"{cpu_operators.why_not}: torch's ops instead" if cpu_operators.why_not else "C++ (fastattn._C)"),
+        ("CUDA operators", f"{cuda_operators.why_not}: Triton's instead" if cuda_operators.why_not else "C++ (fastattn._cuda)"),
     ]
     details = device_details(torch.device("cpu"))
     path = "the Triton kernels in the interpreter (TRITON_INTERPRET is set)" if INTERPRET else "torch code"

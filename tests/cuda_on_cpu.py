@@ -59,7 +59,9 @@ def kernels_of(csrc: Path) -> list[Path]:
     return [*sorted((csrc / "cuda").glob("*.cu")), csrc / "cuda_on_cpu" / "probes.cu"]
 
 
-def compile_objects(name: str, csrc: Path, folder: Path, sources: Sequence[Path], warnings: bool = True) -> list[Path]:
+def compile_objects(
+    name: str, csrc: Path, folder: Path, sources: Sequence[Path], warnings: bool = True, flags: Sequence[str] = ()
+) -> list[Path]:
     """Object files of one build, side by side in `folder`."""
     build = BUILDS[name]
     compiler = shutil.which("g++")
@@ -69,8 +71,8 @@ def compile_objects(name: str, csrc: Path, folder: Path, sources: Sequence[Path]
     for source in sources:
         is_kernel = source.suffix == ".cu"
         target = folder / (source.name + ".o")
-        flags = [*FLAGS, "-DFASTATTN_CUDA_ON_CPU", *build.all, *(build.kernels if is_kernel else ()), *([] if warnings else ["-w"])]
-        _call([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
+        mine = [*(build.kernels if is_kernel else ()), *([] if warnings else ["-w"])]
+        _call([compiler, *FLAGS, "-DFASTATTN_CUDA_ON_CPU", *build.all, *mine, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
         objects.append(target)
     return objects
 
@@ -85,6 +87,18 @@ def link(name: str, objects: Sequence[Path], target: Path) -> Path:
 
 def compile_all(name: str, folder: Path, csrc: Path = CSRC) -> list[Path]:
     return compile_objects(name, csrc, folder, [*kernels_of(csrc), *(csrc / "cuda_on_cpu" / s for s in BUILDS[name].runtime)])
+
+
+def build_operators(folder: Path, *flags: str) -> Path:
+    """csrc/cuda's operators of torch, for CPU tensors."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    kernels = compile_objects("plain", CSRC, folder, [*kernels_of(CSRC)[:-1], CSRC / "cuda_on_cpu" / "runtime.cpp"], flags=flags)
+    target = folder / "operators.so"
+    command = [shutil.which("g++"), *FLAGS, "-O2", "-shared", "-DFASTATTN_CUDA_ON_CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-isystem{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    _call([*command, str(CSRC / "cuda" / "bindings.cpp"), *map(str, kernels), "-o", str(target), "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"])
+    return target
 
 
 def load(library: Path) -> ctypes.CDLL:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import fastattn
-from fastattn.cpu import extension
+from fastattn.extensions import cpu_operators
 from fastattn.page_pool import COMPILED
 
 
@@ -53,9 +53,9 @@ def main() -> None:
     wanted = {"--compiled": True, "--pure": False}.get(sys.argv[1]) if len(sys.argv) > 1 else None
     if wanted is not None:
         assert wanted is COMPILED, f"the page pool is {'C++' if COMPILED else 'Python'}"
-        assert wanted is (extension.why_not is None), f"the CPU operators: {extension.why_not or 'C++'}"
+        assert wanted is (cpu_operators.why_not is None), f"the CPU operators: {cpu_operators.why_not or 'C++'}"
         for op in ("attention_fwd_cpp", "paged_attention_cpp", "moe_dispatch_cpp"):
-            assert extension.available(op) is wanted, op
+            assert cpu_operators.available(op) is wanted, op
     for check in (attention, cache, experts):
         check()
     print(f"fastattn {fastattn.__version__} of {Path(fastattn.__file__).parent} works under torch {torch.__version__}")

@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn.cpu import extension
+from fastattn.extensions import cpu_operators
 from fastattn.ops.attention import attend, draw_seed, dropout_keep
 from fastattn.testing.budget import check_budget
 
@@ -332,7 +332,7 @@ def test_kept_weights_change_no_gradient(case):
 
 
 def test_weights_are_kept_where_a_backward_comes(monkeypatch):
-    monkeypatch.setattr(extension, "_found", set())
+    monkeypatch.setattr(cpu_operators, "_found", set())
 
     def kept(*tensors, **options) -> bool:
         """Whether the forward was told to keep weights, and so the graph holds a tensor of S_q x S_k."""

@@ -12,7 +12,7 @@ import torch
 
 from fastattn import reference
 from fastattn.cpu import attention as cpu
-from fastattn.cpu import extension
+from fastattn.extensions import cpu_operators
 from fastattn.testing.budget import check_budget
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -331,7 +331,7 @@ def test_kept_weights_say_what_was_dropped():
 
 
 def test_weights_are_kept_of_short_calls_alone(monkeypatch):
-    monkeypatch.setattr(extension, "_found", set())
+    monkeypatch.setattr(cpu_operators, "_found", set())
 
     def keeps(
         seqlen, dtype=torch.float32, heads=8, slopes=None, cu=None, left=None, right=None, softcap=0.0, p=0.0,
@@ -348,7 +348,7 @@ def test_weights_are_kept_of_short_calls_alone(monkeypatch):
         assert not keeps(8, cu=torch.tensor([0, 8]), **wants)
     assert not keeps(8) and not keeps(8, torch.float64)  # torch's fused op does both directions
 
-    monkeypatch.setattr(extension, "_found", {"attention_fwd_cpp"})  # whose backward needs none
+    monkeypatch.setattr(cpu_operators, "_found", {"attention_fwd_cpp"})  # whose backward needs none
     assert not keeps(8, softcap=5.0) and not keeps(256, p=0.1) and keeps(257, p=0.1)
     assert keeps(8, torch.float64, softcap=5.0) and keeps(8, softcap=5.0, bias_grad=True)
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.cpu import attention, extension, moe_routing, paged_attention
+from fastattn.cpu import attention, moe_routing, paged_attention
+from fastattn.extensions import cpu_operators
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILT = pytest.mark.skipif(extension.why_not is not None, reason=f"compiled CPU operators: {extension.why_not}")
+BUILT = pytest.mark.skipif(cpu_operators.why_not is not None, reason=f"compiled CPU operators: {cpu_operators.why_not}")
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def both_ways(monkeypatch):
     def call(f, *args, **kwargs):
         compiled = f(*args, **kwargs)
         with monkeypatch.context() as without:
-            without.setattr(extension, "_found", set())
+            without.setattr(cpu_operators, "_found", set())
             return compiled, f(*args, **kwargs)
 
     return call
@@ -198,7 +199,7 @@ def test_neither_threads_nor_company_change_a_bit():
 @BUILT
 def test_who_is_chosen():
     """Up to 64 rows; and of dense attention what is short and has more between its products than a mask."""
-    assert extension.available("paged_attention_cpp") and extension.available("attention_bwd_cpp")
+    assert cpu_operators.available("paged_attention_cpp") and cpu_operators.available("attention_bwd_cpp")
     q, k = torch.zeros(1, 64, 8, 16), torch.zeros(1, 512, 4, 16)
     fits = lambda q=q, k=k, bias=None, cu=None, softcap=1.0, p=0.0: attention._compiled_fits(q, k, bias, None, cu, softcap, p)  # noqa: E731
     assert fits() and fits(softcap=0.0, p=0.1)
@@ -258,7 +259,7 @@ def test_dispatch_by_several_threads(both_ways):
 
 @BUILT
 def test_dispatch_refuses_what_it_cannot_read():
-    assert extension.available("moe_dispatch_cpp")
+    assert cpu_operators.available("moe_dispatch_cpp")
     for ids in (torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(2, 2, 2, dtype=torch.int32)):
         with pytest.raises(RuntimeError, match="moe_dispatch_cpp: indices must"):
             torch.ops.fastattn.moe_dispatch_cpp(ids, 4)
@@ -312,9 +313,9 @@ def test_under_sanitizers(tmp_path):
 def test_without_them_everything_works(library, why):
     code = f"""
 import torch, fastattn
-from fastattn.cpu import extension
-assert extension.why_not.startswith({why!r}), extension.why_not
-assert not extension.available("attention_fwd_cpp")
+from fastattn.extensions import cpu_operators
+assert cpu_operators.why_not.startswith({why!r}), cpu_operators.why_not
+assert not cpu_operators.available("attention_fwd_cpp")
 q = torch.randn(1, 5, 2, 8, requires_grad=True)
 fastattn.attention(q, q, q, softcap=3.0).sum().backward()
 assert q.grad.isfinite().all()

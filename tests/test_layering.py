@@ -19,8 +19,10 @@ BESIDE = {"kernels": "fastattn.kernels", "benchmarks": "fastattn.benchmarks"}
 ALLOWED = {
     "fastattn.kernels": {"torch", "triton"},
     "fastattn.reference": {"torch"},
-    "fastattn.cpu": {"torch"},
-    "fastattn.ops": {"torch", "fastattn.kernels", "fastattn.cpu", "fastattn.reference.philox"},
+    "fastattn.extensions": {"torch"},
+    "fastattn.cpu": {"torch", "fastattn.extensions"},
+    "fastattn.cuda": {"torch", "fastattn.extensions"},
+    "fastattn.ops": {"torch", "fastattn.kernels", "fastattn.cpu", "fastattn.cuda", "fastattn.reference.philox"},
     "fastattn.flash_attn": {"torch", "fastattn.ops", "fastattn.reference"},
     "fastattn.nn": {"torch", "fastattn.ops", "fastattn.reference", "fastattn.kv_cache"},
     "fastattn.page_pool": {"fastattn._page_pool"},

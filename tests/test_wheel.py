@@ -183,43 +183,22 @@ def script(name: str) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# CUDA operators: bindings for a kernel that is there, as setup.py will find them.
+# CUDA operators.
 
-BINDINGS = """
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include "norm.hpp"
-
-using torch::stable::Tensor;
-
-Tensor probe_cuda(Tensor x) {
-  void* stream;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  STD_TORCH_CHECK(fastattn::norm_fwd(fastattn::NormParams{}, static_cast<cudaStream_t>(stream)) == cudaSuccess, "probe_cuda");
-  return x;
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) { m.impl("probe_cuda", TORCH_BOX(&probe_cuda)); }
-"""
-
-LOAD = """
-import sys, torch
-torch.library.define("fastattn::probe_cuda", "(Tensor x) -> Tensor")
-torch.ops.load_library(sys.argv[1])
-assert torch._C._dispatch_has_kernel_for_dispatch_key("fastattn::probe_cuda", "CUDA")
+LOADED = """
+import torch, fastattn
+from fastattn.extensions import cuda_operators
+assert torch.version.cuda and cuda_operators.why_not is None, cuda_operators.why_not
+assert cuda_operators.available("norm_fwd_cuda")
+assert torch._C._dispatch_has_kernel_for_dispatch_key("fastattn::norm_fwd_cuda", "CUDA")
+assert not torch.cuda.is_initialized()
 """
 
 
 @pytest.fixture
-def tree_with_bindings(tmp_path: Path) -> Path:
+def sources(tmp_path: Path) -> Path:
     need_compiler()
     tree = copy_of_the_sources(tmp_path / "tree")
-    bindings = tree / "csrc" / "cuda" / "bindings.cpp"
-    if not bindings.exists():
-        bindings.write_text(BINDINGS)
     for source in (tree / "csrc" / "cpu").glob("*.cpp"):  # not what this is about
         if source.name != "moe_routing.cpp":
             source.unlink()
@@ -227,18 +206,18 @@ def tree_with_bindings(tmp_path: Path) -> Path:
 
 
 @pytest.mark.more
-def test_cuda_operators_are_built_without_a_gpu_and_load_under_a_cuda_torch(tree_with_bindings, second_torch, tmp_path):
+def test_cuda_operators_are_built_without_a_gpu_and_load_under_a_cuda_torch(sources, second_torch, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on this machine")
-    wheel, output = build_wheel(tree_with_bindings, tmp_path, FASTATTN_CUDA="1", FASTATTN_CUDA_ARCHS="80;90a", MAX_JOBS="1")
-    assert "left out" not in output
+    wheel, output = build_wheel(sources, tmp_path, FASTATTN_CUDA="1", FASTATTN_CUDA_ARCHS="80;90a", MAX_JOBS="1")
+    assert "compiled CUDA operators" not in output
     check_tag(wheel)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     (library,) = (tmp_path / "fastattn").glob("_cuda.*")
     needed = run("readelf", "-d", library, cwd=tmp_path)
     assert "[libtorch.so]" in needed and "[libcudart.so." in needed, needed
-    run(second_torch, "-c", LOAD, library, cwd=tmp_path)
+    run(second_torch, "-c", LOADED, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     if shutil.which("cuobjdump"):
         objects = run("cuobjdump", "-lelf", "-lptx", library, cwd=tmp_path)
         assert set(re.findall(r"\.(sm_\w+)\.(cubin|ptx)", objects)) == {("sm_80", "cubin"), ("sm_90a", "cubin"), ("sm_80", "ptx")}, objects
@@ -246,28 +225,35 @@ def test_cuda_operators_are_built_without_a_gpu_and_load_under_a_cuda_torch(tree
 
 @pytest.mark.more
 @pytest.mark.parametrize("asked", ["0", "", "1"])
-def test_cuda_operators_without_nvcc_or_unwanted(asked, tree_with_bindings, tmp_path):
+def test_cuda_operators_without_nvcc_or_unwanted(asked, sources, tmp_path):
     """Left out with a line that says why, unless they were asked for."""
     home = {} if asked == "0" else {"CUDA_HOME": str(tmp_path / "nowhere")}
-    why = "turned off by FASTATTN_CUDA=0" if asked == "0" else "there is no nvcc, and no CUDA_HOME that has one"
+    why = {
+        "0": "turned off by FASTATTN_CUDA=0",
+        "": "this torch has no CUDA (FASTATTN_CUDA=1 builds them for another)",
+        "1": "there is no nvcc, and no CUDA_HOME that has one",
+    }[asked]
+    if asked == "" and torch.version.cuda:
+        why = "there is no nvcc, and no CUDA_HOME that has one"
     if asked == "1":
         code = BUILD.format("", "wheel", str(tmp_path))
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tree_with_bindings, env=os.environ | home | {"FASTATTN_CUDA": "1"}, capture_output=True, text=True
+            [sys.executable, "-c", code], cwd=sources, env=os.environ | home | {"FASTATTN_CUDA": "1"}, capture_output=True, text=True
         )
         assert done.returncode != 0 and f"FASTATTN_CUDA=1, but the CUDA operators cannot be built: {why}" in done.stdout + done.stderr
         return
-    wheel, output = build_wheel(tree_with_bindings, tmp_path, FASTATTN_CUDA=asked, **home)
+    wheel, output = build_wheel(sources, tmp_path, FASTATTN_CUDA=asked, **home)
     assert f"fastattn: left out the compiled CUDA operators, for which Triton's kernels stand in: {why}\n" in output
     assert compiled_in(wheel) == {"fastattn/_page_pool", "fastattn/_C"}
 
 
 @pytest.mark.more
-def test_a_compiler_that_fails_on_them_does_not_stop_the_installation(tree_with_bindings, tmp_path):
+def test_a_compiler_that_fails_on_them_does_not_stop_the_installation(sources, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on this machine")
-    (tree_with_bindings / "csrc" / "cuda" / "bindings.cpp").write_text("#error no\n")
-    wheel, _ = build_wheel(tree_with_bindings, tmp_path, FASTATTN_CUDA_ARCHS="90a")
+    (sources / "csrc" / "cuda" / "bindings.cpp").write_text("#error no\n")
+    before = "import torch; torch.version.cuda = torch.version.cuda or '13.0'"  # whose users have something of them
+    wheel, _ = build_wheel(sources, tmp_path, before, FASTATTN_CUDA_ARCHS="90a")
     assert compiled_in(wheel) == {"fastattn/_page_pool", "fastattn/_C"}
 
 

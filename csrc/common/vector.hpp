@@ -27,6 +27,11 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
 }
 
 template <class T>
+__device__ __forceinline__ float round_to(float value) {
+  return to_float(from_float<T>(value));
+}
+
+template <class T>
 inline constexpr int kVectorSize = 16 / sizeof(T);
 
 // 16 bytes, which move in one instruction; their lanes are T's.

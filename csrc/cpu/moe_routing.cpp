@@ -66,7 +66,6 @@ void sort(const Ids<Id>& ids, int64_t num_slots, int64_t* order, int64_t* invers
 
 // As fastattn::moe_dispatch: order and inverse int64, offsets int32. indices int32 or int64.
 std::tuple<Tensor, Tensor, Tensor> moe_dispatch_cpp(Tensor indices, int64_t num_experts) {
-  using torch::headeronly::ScalarType;
   const ScalarType dtype = indices.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, "moe_dispatch_cpp: indices must be int32 or int64");
   STD_TORCH_CHECK(indices.dim() == 2 && num_experts >= 0, "moe_dispatch_cpp: indices must have shape (T, K), num_experts be 0 or more");

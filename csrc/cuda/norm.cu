@@ -2,7 +2,7 @@
 //
 //   h = x, or x + residual, rounded to their dtype and stored: the new residual
 //   x̂ = (h − mean h)·rstd with rstd = 1/√(mean (h − mean h)² + eps); RMS norm has no mean: x̂ = h·rstd with rstd = 1/√(mean h² + eps)
-//   y = x̂·(weight + weight_offset) + bias
+//   y = x̂·(weight + weight_offset) + bias, of factors that are rounded first where cast_before_weight says so
 //
 // in fp32. A row is read once and stays in registers: in those of one warp while it is short, so that nothing waits for a barrier, in those
 // of a block up to kMaxThreads·kMaxChunks vectors. A longer one is walked again, mostly in L2. The mean is that of h less the row's first
@@ -46,7 +46,7 @@ struct Row {
     convert(sum, x);
     if (residual == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < kVectorSize<T>; ++i) sum[i] = to_float(from_float<T>(to_float(added.lanes[i]) + sum[i]));
+    for (int i = 0; i < kVectorSize<T>; ++i) sum[i] = round_to<T>(to_float(added.lanes[i]) + sum[i]);
     store(h + col, sum, count, aligned);
   }
 
@@ -71,7 +71,10 @@ __device__ __forceinline__ void store_scaled(const NormParams& p, const Row<T>& 
   if (p.weight != nullptr) {
     load_parameter<T>(parameter, p.weight, p.weight_dtype, col, count);
 #pragma unroll
-    for (int i = 0; i < N; ++i) x_hat[i] *= parameter[i] + p.weight_offset;
+    for (int i = 0; i < N; ++i) {
+      const float scale = parameter[i] + p.weight_offset;
+      x_hat[i] = p.cast_before_weight ? round_to<T>(x_hat[i]) * round_to<T>(scale) : x_hat[i] * scale;
+    }
   }
   if (p.bias != nullptr) {
     load_parameter<T>(parameter, p.bias, p.weight_dtype, col, count);
@@ -231,6 +234,7 @@ cudaError_t launch_norm(const NormParams& p, cudaStream_t stream) {
 cudaError_t norm_fwd(const NormParams& params, cudaStream_t stream) {
   const bool has_parameter = params.weight != nullptr || params.bias != nullptr;
   if (has_parameter && params.weight_dtype != params.dtype && params.weight_dtype != Dtype::kFloat32) return cudaErrorInvalidValue;
+  if (params.cast_before_weight && params.weight != nullptr && params.weight_dtype != params.dtype) return cudaErrorInvalidValue;
   if (params.num_rows < 0 || params.num_cols < 0) return cudaErrorInvalidValue;
   if (params.num_rows == 0 || params.num_cols == 0) return cudaSuccess;
   switch (params.dtype) {

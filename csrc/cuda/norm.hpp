@@ -18,8 +18,9 @@ struct NormParams {
   int64_t num_rows, num_cols;
   int64_t stride_x, stride_residual, stride_y, stride_h;
   float eps, weight_offset;
-  Dtype dtype, weight_dtype;  // the weight's is float32 or x's
-  int32_t subtract_mean;      // 1: layer norm; 0: RMS norm
+  Dtype dtype, weight_dtype;   // the weight's is float32 or x's
+  int32_t subtract_mean;       // 1: layer norm; 0: RMS norm
+  int32_t cast_before_weight;  // 1: x̂, and weight + weight_offset, are rounded to dtype before they are multiplied
 };
 
 // Asynchronous on the stream. cudaErrorInvalidValue: what this kernel does not do (the comments above).

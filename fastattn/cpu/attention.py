@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import extension
+from fastattn.extensions import cpu_operators
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -34,8 +34,8 @@ _OF_COMPILED = (
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed{}, int? window_left, int? window_right, float softmax_scale, float softcap, "
     "float dropout_p"
 )
-extension.define(f"attention_fwd_cpp(Tensor q, Tensor k, Tensor v, {_OF_COMPILED.format('')}) -> (Tensor out, Tensor lse)")
-extension.define(
+cpu_operators.define(f"attention_fwd_cpp(Tensor q, Tensor k, Tensor v, {_OF_COMPILED.format('')}) -> (Tensor out, Tensor lse)")
+cpu_operators.define(
     f"attention_bwd_cpp(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_OF_COMPILED.format(', Tensor lse')}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor delta)"
 )
@@ -237,7 +237,7 @@ def _compiled_fits(q, k, bias, slopes, cu_seqlens_q, softcap: float, dropout_p: 
         return False
     if seqlen_q * (num_heads // num_kv_heads) * seqlen_k > _COMPILED_ELEMENTS:
         return False
-    return extension.available("attention_fwd_cpp")
+    return cpu_operators.available("attention_fwd_cpp")
 
 
 def _with_rows(t: torch.Tensor) -> torch.Tensor:

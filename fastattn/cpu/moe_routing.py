@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import extension
+from fastattn.extensions import cpu_operators
 
 _TINY = 1e-20  # in the denominator of renormalised weights
 
-extension.define("moe_dispatch_cpp(Tensor indices, int num_experts) -> (Tensor order, Tensor inverse, Tensor offsets)")
+cpu_operators.define("moe_dispatch_cpp(Tensor indices, int num_experts) -> (Tensor order, Tensor inverse, Tensor offsets)")
 
 
 def moe_route_fwd(
@@ -63,7 +63,7 @@ def _sorted(x: Tensor) -> Tensor:
 
 
 def moe_dispatch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    if extension.available("moe_dispatch_cpp"):
+    if cpu_operators.available("moe_dispatch_cpp"):
         return torch.ops.fastattn.moe_dispatch_cpp(indices, num_experts)
     bins = _bins(indices, num_experts)
     order = bins.argsort(stable=True)

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.extensions import cpu_operators
+
 from . import attention as dense
-from . import extension
 
 _CHUNK_ELEMENTS = 1 << 19  # of keys, and as many of values: what a core's cache holds, between being gathered and being read
 _CHUNK_KEYS = 512  # at least: fewer, and the fixed cost of a chunk shows
@@ -27,7 +28,7 @@ _COMPILED_ROWS = 64  # up to so many queries times heads of a group; of more, to
 _FOLDED_ROWS = 128  # up to so many, the heads of a group become rows of one product over the keys they share
 
 
-extension.define(
+cpu_operators.define(
     "paged_attention_cpp(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seqlens_k, Tensor? cu_seqlens_q, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? leftpad, int max_seqlen_q, int? window_left, "
     "int? window_right, float softmax_scale, float softcap) -> (Tensor out, Tensor lse)"
@@ -64,7 +65,7 @@ def paged_attention(
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
     """The operator's contract on CPU tensors; page ids that count are taken to be valid. num_splits changes nothing here."""
-    if extension.available("paged_attention_cpp") and max_seqlen_q * (q.shape[-2] // k_cache.shape[2]) <= _COMPILED_ROWS:
+    if cpu_operators.available("paged_attention_cpp") and max_seqlen_q * (q.shape[-2] // k_cache.shape[2]) <= _COMPILED_ROWS:
         floats = map(dense.contiguous_floats, (alibi_slopes, sinks, k_scale, v_scale))
         return torch.ops.fastattn.paged_attention_cpp(
             q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, *floats, leftpad, max_seqlen_q, window_left, window_right,

@@ -11,7 +11,7 @@ from fastattn.cpu import append_paged_kv as cpu
 
 from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
-from .operator import define
+from .operator import define, operators
 
 OP = "append_paged_kv"
 CACHE_DTYPES = (*checks.FLOAT_DTYPES, torch.int8, torch.float8_e4m3fn)
@@ -228,6 +228,6 @@ def append_paged_kv(
     _check_scale("k_scale", k_scale, k)
     _check_scale("v_scale", v_scale, k)
     tensors = (None if t is None else t.detach() for t in (cos, sin, k_scale, v_scale))
-    torch.ops.fastattn.append_paged_kv(
+    operators.append_paged_kv(
         k.detach(), v.detach(), k_cache, v_cache, page_table, cache_seqlens, cu_seqlens, *tensors, bool(interleaved)
     )

@@ -14,7 +14,7 @@ from fastattn.cpu import attention as cpu
 
 from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
-from .operator import apply, define, differentiable, once, wants_gradient
+from .operator import apply, define, differentiable, once, operators, wants_gradient
 
 # --------------------------------------------------------------------------------------------------------------------
 # The two operators. Empty tensors stand in for results that were not asked for: a schema has no optional ones.
@@ -185,7 +185,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, options, lse_used, keep_weights
     ):
-        return torch.ops.fastattn.attention_fwd(
+        return operators.attention_fwd(
             q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k, *options, keep_weights
         )
 

@@ -49,6 +49,14 @@ def check_choice(op: str, arg: str, value: object, choices: Sequence[str]) -> No
         reject(op, arg, f"be one of {', '.join(map(repr, choices))}", repr(value))
 
 
+def check_backend(op: str, backend: str | None, tensor: torch.Tensor, runs_kernels: bool) -> None:
+    """One of two kernels may be asked for where kernels run at all."""
+    if backend is not None:
+        check_choice(op, "backend", backend, ("triton", "cuda"))
+        if not runs_kernels:
+            reject(op, "backend", f"be None for tensors on {tensor.device.type}", repr(backend))
+
+
 def check_float(op: str, arg: str, value: torch.Tensor, *, or_bool: bool = False) -> None:
     if value.dtype not in (*FLOAT_DTYPES, torch.float64) and not (or_bool and value.dtype == torch.bool):
         reject(op, arg, f"have a {'bool or ' if or_bool else ''}floating-point dtype", value.dtype, TypeError)

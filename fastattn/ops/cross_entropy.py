@@ -12,7 +12,7 @@ from fastattn.cpu import cross_entropy as cpu
 
 from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
-from .operator import apply, define, differentiable, once
+from .operator import apply, define, differentiable, once, operators
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -107,7 +107,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, dtype, return_lse):
-        return torch.ops.fastattn.cross_entropy_fwd(
+        return operators.cross_entropy_fwd(
             input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, dtype, return_lse
         )
 

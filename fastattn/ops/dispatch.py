@@ -1,7 +1,8 @@
 """Which code runs, and what is said about it.
 
 CUDA tensors run the Triton kernels; CPU tensors run `fastattn.cpu`, or the kernels in Triton's interpreter where TRITON_INTERPRET=1
-was set before the import. Nothing else decides, and nothing falls back.
+was set before the import. Nothing else decides, and nothing falls back. Some ops have a second kernel, in CUDA C++ (`fastattn.cuda`): the
+op's own rule chooses, or the caller by backend=.
 
 Environment variables of the whole package, read once, here:
 
@@ -32,6 +33,16 @@ if _level is not None:
 def runs_kernels(tensor: torch.Tensor) -> bool:
     """True where an op on this tensor launches Triton kernels (on the GPU, or in the interpreter)."""
     return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
+
+
+def chooses_cuda(op: str, backend: str | None, limit: str | None, chosen: bool) -> bool:
+    """Whether an op that has two kernels for these tensors runs the one in CUDA C++ (fastattn.cuda), not Triton's.
+
+    limit: what of this call that one cannot do, or None; chosen: what the op's rule says where the caller names no backend.
+    """
+    if backend == "cuda" and limit is not None:
+        raise NotImplementedError(f"fastattn.{op}: backend='cuda' does not do {limit}")
+    return limit is None and (chosen if backend is None else backend == "cuda")
 
 
 def checks_values(tensor: torch.Tensor) -> bool:

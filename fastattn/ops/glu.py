@@ -11,7 +11,7 @@ from fastattn.cpu import glu as cpu
 
 from . import checks
 from .dispatch import describe, log, runs_kernels
-from .operator import apply, define, differentiable, once
+from .operator import apply, define, differentiable, once, operators
 
 
 def _implementation(gate: Tensor):
@@ -52,7 +52,7 @@ define("glu_bwd(Tensor dout, Tensor gate, Tensor? up, str activation) -> (Tensor
 class _Glu(torch.autograd.Function):
     @staticmethod
     def forward(op, gate, up, activation):
-        return torch.ops.fastattn.glu_fwd(gate, up, activation)
+        return operators.glu_fwd(gate, up, activation)
 
     @staticmethod
     def setup_context(ctx, inputs, out):

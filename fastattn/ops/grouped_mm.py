@@ -12,7 +12,7 @@ from fastattn.cpu import grouped_mm as cpu
 
 from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
-from .operator import apply, autocast, define, differentiable, once
+from .operator import apply, autocast, define, differentiable, once, operators
 
 MAX_GROUPS = 4096  # whose ends a program of the kernel looks at together
 
@@ -78,7 +78,7 @@ def _grouped_mm_bwd_flops(dout, x, w, offsets, gather, scatter, num_x_rows, want
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(x, w, offsets, bias, gather, scatter):
-        return torch.ops.fastattn.grouped_mm_fwd(x, w, offsets, bias, gather, scatter)
+        return operators.grouped_mm_fwd(x, w, offsets, bias, gather, scatter)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

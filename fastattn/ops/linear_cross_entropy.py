@@ -29,7 +29,7 @@ from .cross_entropy import (
     reduce_fake,
 )
 from .dispatch import describe, log
-from .operator import apply, autocast, define, differentiable, once
+from .operator import apply, autocast, define, differentiable, once, operators
 
 ALIGNED = 8  # logits are laid out in rows of a multiple of it, for 128-bit accesses and matmuls whatever the vocabulary
 
@@ -232,7 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         input, linear_weight, linear_bias, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, dtype, return_lse,
         chunk_size, wanted,
     ):  # fmt: skip
-        return torch.ops.fastattn.linear_cross_entropy_fwd(
+        return operators.linear_cross_entropy_fwd(
             input, linear_weight, linear_bias, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, dtype,
             return_lse, chunk_size, wanted,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from fastattn.cpu import merge_attention as cpu
 
 from . import checks
 from .dispatch import describe, log, runs_kernels
-from .operator import apply, define, differentiable, once
+from .operator import apply, define, differentiable, once, operators
 
 OP = "merge_attention"
 
@@ -55,7 +55,7 @@ define(
 class _MergeAttention(torch.autograd.Function):
     @staticmethod
     def forward(outs, lses):
-        return torch.ops.fastattn.merge_attention_fwd(outs, lses)
+        return operators.merge_attention_fwd(outs, lses)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -20,7 +20,7 @@ from . import checks
 from .dispatch import describe, log, runs_kernels
 from .grouped_mm import check_bias, check_matrices
 from .moe_routing import MAX_EXPERTS, check_ids, moe_dispatch
-from .operator import apply, autocast, define, differentiable, once, wants_gradient
+from .operator import apply, autocast, define, differentiable, once, operators, wants_gradient
 
 ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 LAYOUTS = ("concatenated", "interleaved")
@@ -98,7 +98,7 @@ class _MoE(torch.autograd.Function):
     def forward(
         x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, order, inverse, offsets, activation, layout, transposed, keep
     ):
-        return torch.ops.fastattn.moe_fwd(
+        return operators.moe_fwd(
             x, order, inverse, offsets, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, layout, transposed, keep
         )
 

@@ -13,7 +13,7 @@ from fastattn.cpu import moe_routing as cpu
 
 from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
-from .operator import apply, define, differentiable, once
+from .operator import apply, define, differentiable, once, operators
 
 MAX_EXPERTS = 512  # whose scores a row keeps in registers
 SCORES = ("softmax", "sigmoid")
@@ -139,7 +139,7 @@ define(
 class _MoERoute(torch.autograd.Function):
     @staticmethod
     def forward(logits, bias, top_k, score, order, num_groups, top_k_groups, renormalize, scaling_factor):
-        return torch.ops.fastattn.moe_route_fwd(
+        return operators.moe_route_fwd(
             logits, bias, top_k, score, order, num_groups, top_k_groups, renormalize, scaling_factor
         )
 
@@ -163,7 +163,7 @@ class _MoERoute(torch.autograd.Function):
 class _MoEGather(torch.autograd.Function):
     @staticmethod
     def forward(x, inverse, offsets, top_k):
-        return torch.ops.fastattn.moe_gather_fwd(x, inverse, offsets, top_k)
+        return operators.moe_gather_fwd(x, inverse, offsets, top_k)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -181,7 +181,7 @@ class _MoEGather(torch.autograd.Function):
 class _MoECombine(torch.autograd.Function):
     @staticmethod
     def forward(y, inverse, offsets, weights):
-        return torch.ops.fastattn.moe_combine_fwd(y, inverse, offsets, weights, weights.shape[1])
+        return operators.moe_combine_fwd(y, inverse, offsets, weights, weights.shape[1])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -357,7 +357,7 @@ def moe_expert_counts(indices: Tensor, num_experts: int) -> Tensor:
         >>> fastattn.moe_expert_counts(torch.tensor([[0, 2], [2, 1]]), 4)
         tensor([1, 1, 2, 0])
     """
-    return torch.ops.fastattn.moe_expert_counts(indices, _check_indices("moe_expert_counts", indices, num_experts))
+    return operators.moe_expert_counts(indices, _check_indices("moe_expert_counts", indices, num_experts))
 
 
 def moe_load_balancing_loss(probs: Tensor, indices: Tensor) -> Tensor:
@@ -391,7 +391,7 @@ def moe_load_balancing_loss(probs: Tensor, indices: Tensor) -> Tensor:
     checks.check_device(op, "indices", indices, "probs'", probs.device)
     if indices.dim() != 2 or indices.shape[0] != num_tokens:
         checks.reject(op, "indices", f"have shape (T, K) with T = {num_tokens}", checks.shape(indices))
-    return load_balancing_loss_of(probs, torch.ops.fastattn.moe_expert_counts(indices, num_experts))
+    return load_balancing_loss_of(probs, operators.moe_expert_counts(indices, num_experts))
 
 
 def load_balancing_loss_of(probs: Tensor, counts: Tensor) -> Tensor:
@@ -493,7 +493,7 @@ def moe_dispatch(indices: Tensor, num_experts: int) -> MoEPlan:
     num_experts = _check_indices(op, indices, num_experts)
     if indices.dim() != 2 or indices.shape[1] < 1:
         checks.reject(op, "indices", "have shape (T, K)", checks.shape(indices))
-    return MoEPlan(*torch.ops.fastattn.moe_dispatch(indices, num_experts))
+    return MoEPlan(*operators.moe_dispatch(indices, num_experts))
 
 
 def moe_gather(x: Tensor, plan: MoEPlan) -> Tensor:

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastattn.cpu import norm as cpu
+from fastattn.cuda import norm as cuda
 
 from . import checks
 from .attention import draw_seed
-from .dispatch import describe, log, runs_kernels
-from .operator import apply, define, differentiable, once
+from .dispatch import chooses_cuda, describe, log, runs_kernels
+from .operator import apply, define, differentiable, once, operators
 
 # --------------------------------------------------------------------------------------------------------------------
 # The operators: one pair for all four functions. They see rows (…, N) and parameters (N,).
 
 
-def _norm_fwd(x: Tensor, residual: Tensor | None, *args) -> tuple[Tensor, Tensor, Tensor]:
-    if log.isEnabledFor(logging.INFO):
-        log.info("norm_fwd: x %s residual %s", describe(x), describe(residual))
-    if runs_kernels(x):
-        from fastattn.kernels.norm import norm_fwd
-    else:
+def _norm_fwd(
+    x, residual, weight, bias, seed, eps, p, offset, subtract_mean, cast_before_weight, dtype, backend=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not runs_kernels(x):
         norm_fwd = cpu.norm_fwd
-    y, h, stats = norm_fwd(x, residual, *args)
+    elif chooses_cuda(
+        "norm_fwd", backend, cuda.limit(x, residual, weight, bias, p, subtract_mean, cast_before_weight, dtype), cuda.is_chosen(x)
+    ):
+        norm_fwd = cuda.norm_fwd
+    else:
+        from fastattn.kernels.norm import norm_fwd
+    if log.isEnabledFor(logging.INFO):
+        log.info("norm_fwd: x %s residual %s, by %s", describe(x), describe(residual), norm_fwd.__module__)
+    y, h, stats = norm_fwd(x, residual, weight, bias, seed, eps, p, offset, subtract_mean, cast_before_weight, dtype)
     return y, x.new_empty(0) if h is None else h, stats  # a schema has no optional results
 
 
@@ -40,7 +48,7 @@ def _norm_bwd(dy: Tensor, dh: Tensor | None, h: Tensor, *args) -> tuple[Tensor, 
     return tuple(h.new_empty(0) if grad is None else grad for grad in norm_bwd(dy, dh, h, *args))
 
 
-def _norm_fwd_fake(x, residual, weight, bias, seed, eps, p, offset, subtract_mean, cast_before_weight, dtype):
+def _norm_fwd_fake(x, residual, weight, bias, seed, eps, p, offset, subtract_mean, cast_before_weight, dtype, backend=None):
     return (
         x.new_empty(x.shape, dtype=dtype),
         x.new_empty(0) if residual is None else residual.new_empty(residual.shape),
@@ -61,7 +69,8 @@ def _norm_bwd_fake(
 
 define(
     "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? dropout_seed, float eps, float dropout_p, "
-    "float weight_offset, bool subtract_mean, bool cast_before_weight, ScalarType dtype) -> (Tensor y, Tensor h, Tensor stats)",
+    "float weight_offset, bool subtract_mean, bool cast_before_weight, ScalarType dtype, str? backend=None) -> "
+    "(Tensor y, Tensor h, Tensor stats)",
     _norm_fwd,
     _norm_fwd_fake,
 )
@@ -80,12 +89,12 @@ class _Norm(torch.autograd.Function):
     cast_before_weight)."""
 
     @staticmethod
-    def forward(op, x, residual, weight, bias, seed, eps, options, dtype):
-        return torch.ops.fastattn.norm_fwd(x, residual, weight, bias, seed, eps, *options, dtype)
+    def forward(op, x, residual, weight, bias, seed, eps, options, dtype, backend):
+        return operators.norm_fwd(x, residual, weight, bias, seed, eps, *options, dtype, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op, x, residual, weight, bias, seed, _, ctx.options, _ = inputs
+        ctx.op, x, residual, weight, bias, seed, _, ctx.options, _, _ = inputs
         _, h, stats = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*((h, stats) if residual is None else (stats,)))
@@ -107,7 +116,7 @@ class _Norm(torch.autograd.Function):
         if ctx.add and dropout_p == 0.0 and ctx.dtype == h.dtype:
             dx = dresidual
         grads = dx, dresidual if ctx.add else None, dweight if weight_grad else None, dbias if bias_grad else None
-        return None, *once(ctx.op, grads, dy, dh, h, weight, bias), None, None, None, None
+        return None, *once(ctx.op, grads, dy, dh, h, weight, bias), None, None, None, None, None
 
 
 def dropout_keep(seed: Tensor, num_rows: int, num_cols: int, dropout_p: float) -> Tensor:
@@ -139,7 +148,7 @@ def _checked_shape(op: str, x: Tensor, normalized_shape: int | Sequence[int]) ->
 
 def _normalise(
     op: str, x, residual, normalized_shape, weight, bias, eps, *, subtract_mean: bool, dropout_p=0.0, weight_offset=0.0,
-    cast_before_weight=False,
+    cast_before_weight=False, backend=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Check, and see the normalised dims as one: (y, h)."""
     checks.check_tensor(op, "x", x)
@@ -163,6 +172,7 @@ def _normalise(
     for name, number in (("eps", eps), ("weight_offset", weight_offset)):
         checks.check_number(op, name, number)
     checks.check_probability(op, "dropout_p", dropout_p)
+    checks.check_backend(op, backend, x, runs_kernels(x))
 
     dtype = x.dtype
     if cast_before_weight:
@@ -174,7 +184,7 @@ def _normalise(
         x, residual, weight, bias = (t if t is None else t.flatten(-len(sizes)) for t in (x, residual, weight, bias))
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     options = float(dropout_p), float(weight_offset), subtract_mean, bool(cast_before_weight)
-    y, h, _ = apply(op, _Norm, op, x, residual, weight, bias, seed, float(eps), options, dtype)
+    y, h, _ = apply(op, _Norm, op, x, residual, weight, bias, seed, float(eps), options, dtype, backend)
     return (y, h) if len(sizes) == 1 else (y.view(shape), h if residual is None else h.view(shape))
 
 
@@ -184,6 +194,8 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    backend: Literal["triton", "cuda"] | None = None,
 ) -> Tensor:
     """(x − mean x)/√(var x + eps)·weight + bias over the trailing dims: `torch.nn.functional.layer_norm`'s contract.
 
@@ -194,6 +206,8 @@ def layer_norm(
         normalized_shape: the trailing dims' sizes, or one int.
         weight, bias: normalized_shape; any of the three dtypes, whatever x's is.
         eps: added to the variance (biased, as torch's).
+        backend: which of two kernels runs the forward of CUDA tensors. None: CUDA C++ for few rows, as its launch takes less of the host,
+            where it is built and does what is asked (`fastattn.cuda.norm.limit`), else Triton. What is named runs or raises.
 
     Returns:
         y: x's shape and dtype, contiguous. So does torch with a float32 weight on half-precision x, the one mix that it takes (on the
@@ -206,14 +220,14 @@ def layer_norm(
 
     Raises:
         TypeError: an argument is no tensor, or has none of the three dtypes; eps is no number. ValueError: shapes or devices do not
-        match.
+        match; a backend for CPU tensors. NotImplementedError: backend="cuda" is not built, or does not do this.
 
     Source: Ba, Kiros and Hinton, arXiv 1607.06450.
 
     Example:
         >>> fastattn.layer_norm(torch.randn(4, 1000), 1000, torch.ones(1000), torch.zeros(1000))
     """
-    y, _ = _normalise("layer_norm", x, None, normalized_shape, weight, bias, eps, subtract_mean=True)
+    y, _ = _normalise("layer_norm", x, None, normalized_shape, weight, bias, eps, subtract_mean=True, backend=backend)
     return y
 
 
@@ -225,6 +239,7 @@ def rms_norm(
     *,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    backend: Literal["triton", "cuda"] | None = None,
 ) -> Tensor:
     """x/√(mean x² + eps)·(weight + weight_offset) over the trailing dims: `torch.nn.functional.rms_norm`'s contract, and two more.
 
@@ -237,6 +252,7 @@ def rms_norm(
         cast_before_weight: the order of roundings of Llama's norm in transformers. False: the weight is applied in fp32 and the result
             rounded once, which is torch's, and Gemma's. True: the normalised value is rounded to x's dtype, and then multiplied by the
             weight (with weight_offset: by their sum, rounded to the weight's dtype), which rounds again.
+        backend: as in `layer_norm`.
 
     Returns:
         y: x's shape, contiguous, in x's dtype whatever the weight's is, as in torch; with cast_before_weight in the dtype that x's and
@@ -253,7 +269,7 @@ def rms_norm(
         >>> fastattn.rms_norm(torch.randn(4, 1000), 1000, torch.ones(1000), eps=1e-6)
     """
     eps = torch.finfo(torch.float32).eps if eps is None else eps
-    options = dict(weight_offset=weight_offset, cast_before_weight=cast_before_weight)
+    options = dict(weight_offset=weight_offset, cast_before_weight=cast_before_weight, backend=backend)
     y, _ = _normalise("rms_norm", x, None, normalized_shape, weight, None, eps, subtract_mean=False, **options)
     return y
 
@@ -267,13 +283,14 @@ def add_layer_norm(
     eps: float = 1e-5,
     *,
     dropout_p: float = 0.0,
+    backend: Literal["triton", "cuda"] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(layer_norm(h), h) with h = residual + dropout(x), in one pass: a pre-norm block's residual stream and its next input.
 
     Args:
         x: what a block adds to the stream, as in `layer_norm`.
         residual: x's shape, any of the three dtypes.
-        normalized_shape, weight, bias, eps: as in `layer_norm`.
+        normalized_shape, weight, bias, eps, backend: as in `layer_norm`.
         dropout_p: probability of dropping an entry of x, in [0, 1); kept ones are divided by 1 − dropout_p. The mask is counter-based
             (Philox) with a seed from torch's generator: recomputed in the backward, reproducible by `torch.manual_seed`. There is no
             training flag: pass 0.0 for evaluation.
@@ -292,7 +309,8 @@ def add_layer_norm(
         >>> y, residual = fastattn.add_layer_norm(torch.randn(4, 1000), torch.randn(4, 1000), 1000)
     """
     checks.check_tensor("add_layer_norm", "residual", residual)
-    return _normalise("add_layer_norm", x, residual, normalized_shape, weight, bias, eps, subtract_mean=True, dropout_p=dropout_p)
+    options = dict(subtract_mean=True, dropout_p=dropout_p, backend=backend)
+    return _normalise("add_layer_norm", x, residual, normalized_shape, weight, bias, eps, **options)
 
 
 def add_rms_norm(
@@ -305,12 +323,13 @@ def add_rms_norm(
     dropout_p: float = 0.0,
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    backend: Literal["triton", "cuda"] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(h), h) with h = residual + dropout(x), in one pass.
 
     Args:
         x, residual, dropout_p: as in `add_layer_norm`.
-        normalized_shape, weight, eps, weight_offset, cast_before_weight: as in `rms_norm`.
+        normalized_shape, weight, eps, weight_offset, cast_before_weight, backend: as in `rms_norm`.
 
     Returns:
         y: the normalised h, in x's dtype (cast_before_weight: rounded to it, and in what it and the weight's promote to); h: the new
@@ -323,5 +342,5 @@ def add_rms_norm(
     """
     checks.check_tensor("add_rms_norm", "residual", residual)
     eps = torch.finfo(torch.float32).eps if eps is None else eps
-    options = dict(dropout_p=dropout_p, weight_offset=weight_offset, cast_before_weight=cast_before_weight)
+    options = dict(dropout_p=dropout_p, weight_offset=weight_offset, cast_before_weight=cast_before_weight, backend=backend)
     return _normalise("add_rms_norm", x, residual, normalized_shape, weight, None, eps, subtract_mean=False, **options)

@@ -8,6 +8,7 @@ gradients to `once`: both forward-mode AD and a gradient of a gradient then rais
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.autograd import forward_ad
 from . import checks
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 _BATCHED = torch._C._parse_dispatch_key("Batched")
 
 
@@ -39,9 +41,44 @@ def define(schema: str, implementation: Callable, fake: Callable, *, torch_on_cu
         with torch.no_grad(), torch._C._DisableAutocast():
             return implementation(*args)
 
+    on_cuda = alone if torch_on_cuda else implementation
     _library.impl(name, alone, "CPU")
-    _library.impl(name, alone if torch_on_cuda else implementation, "CUDA")
+    _library.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
+    setattr(operators, name, functools.partial(_call, getattr(torch.ops.fastattn, name).default, alone, on_cuda))
+
+
+# What `define` has defined, to be called as torch.ops.fastattn's: `operators.<name>(…)`. The dispatcher takes longer to reach an
+# implementation in Python than all else that an op does around its kernel, so it is passed by where nobody watches the call.
+operators = types.SimpleNamespace()
+
+
+def _call(operator: torch._ops.OpOverload, on_cpu: Callable, on_cuda: Callable, *args: Any) -> Any:
+    """The operator's result. For forwards: a backward may be given what the older vmap has batched, which only the dispatcher knows."""
+    if not (torch.compiler.is_compiling() or _is_watched()):
+        device = None
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if type(arg) not in _PLAIN:
+                    break
+                device = device or arg.device.type
+        else:
+            if device == "cuda":
+                return on_cuda(*args)
+            if device == "cpu":
+                return on_cpu(*args)
+    return operator(*args)
+
+
+def _is_watched() -> bool:
+    """Whether modes, transforms, a tracer or a profiler are to see operators."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def differentiable(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:

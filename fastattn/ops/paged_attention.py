@@ -15,7 +15,7 @@ from . import checks
 from .attention import visible_pairs, with_contiguous_cols
 from .dispatch import checks_values, describe, log, runs_kernels
 from .merge_attention import merge_attention
-from .operator import apply, define, differentiable
+from .operator import apply, define, differentiable, operators
 
 OP = "paged_attention"
 MAX_SPLITS, MAX_KEYS = 256, 2**30
@@ -76,7 +76,7 @@ class _PagedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k_cache, v_cache, page_table, seqlens_k, tensors, options):
-        return torch.ops.fastattn.paged_attention(q, k_cache, v_cache, page_table, seqlens_k, *tensors, *options)
+        return operators.paged_attention(q, k_cache, v_cache, page_table, seqlens_k, *tensors, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

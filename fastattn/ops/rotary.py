@@ -11,7 +11,7 @@ from fastattn.cpu import rotary as cpu
 
 from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
-from .operator import apply, define, differentiable
+from .operator import apply, define, differentiable, operators
 
 OP = "apply_rotary"
 
@@ -44,7 +44,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, cos, sin, positions, cu_seqlens, interleaved, inverse):
-        return torch.ops.fastattn.rotary(q, k, cos, sin, positions, cu_seqlens, interleaved, inverse)
+        return operators.rotary(q, k, cos, sin, positions, cu_seqlens, interleaved, inverse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

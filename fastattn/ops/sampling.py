@@ -12,7 +12,7 @@ from fastattn.cpu import sampling as cpu
 
 from . import checks
 from .dispatch import checks_values, describe, log, runs_kernels
-from .operator import define
+from .operator import define, operators
 
 MAX_COLUMNS = 2**22  # whose weights, in units of 2^-40, 64 bits hold the sum of
 _TINY = torch.finfo(torch.float32).tiny  # a temperature below it is 0
@@ -172,7 +172,7 @@ def sample(
     if generator is not None and generator.device.type != logits.device.type:
         checks.reject("sample", "generator", f"be on logits' device {logits.device}", generator.device)
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=logits.device, generator=generator)
-    return torch.ops.fastattn.sample(logits.detach(), seed, *parameters)
+    return operators.sample(logits.detach(), seed, *parameters)
 
 
 def sampling_probs(
@@ -200,4 +200,4 @@ def sampling_probs(
         tensor([[0.7311, 0.0000, 0.2689, 0.0000]])
     """
     parameters = _checked("sampling_probs", logits, temperature, top_k, top_p, min_p)
-    return torch.ops.fastattn.sampling_probs(logits.detach(), *parameters)
+    return operators.sampling_probs(logits.detach(), *parameters)

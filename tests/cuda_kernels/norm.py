@@ -44,6 +44,7 @@ class NormParams(ctypes.Structure):
         ("dtype", c_int32),
         ("weight_dtype", c_int32),
         ("subtract_mean", c_int32),
+        ("cast_before_weight", c_int32),
     ]
 
 
@@ -67,10 +68,10 @@ def norm_reference(tensors: dict[str, Tensor], dtype: torch.dtype, eps: float, w
 
 def norm_case(
     name: str, tensors: dict[str, Tensor | None], *, subtract_mean: bool, eps: float = 1e-5, weight_offset: float = 0.0, gap: int = 0,
-    lead: int = 0, leads: dict[str, int] | None = None, in_place: bool = False, stats: bool = True, sparse: int = 0,
+    lead: int = 0, leads: dict[str, int] | None = None, in_place: bool = False, stats: bool = True, sparse: int = 0, cast: bool = False,
 ) -> Case:  # fmt: skip
     """tensors: x (rows, N), residual, weight, bias. gap, lead: elements between rows, and before the first of each row tensor; leads: of
-    one tensor. sparse: elements from row to row, with nothing between."""
+    one tensor. cast: cast_before_weight. sparse: elements from row to row, with nothing between."""
     x, residual, weight, bias = (tensors.get(key) for key in ("x", "residual", "weight", "bias"))
     (num_rows, num_cols), dtype = x.shape, x.dtype
     stride = sparse or num_cols + gap
@@ -78,7 +79,7 @@ def norm_case(
     params = NormParams(
         num_rows=num_rows, num_cols=num_cols, stride_x=stride, stride_residual=stride, stride_y=stride, stride_h=stride, eps=eps,
         weight_offset=weight_offset, dtype=DTYPES[dtype], weight_dtype=DTYPES[dtype if parameter is None else parameter.dtype],
-        subtract_mean=subtract_mean,
+        subtract_mean=subtract_mean, cast_before_weight=cast,
     )  # fmt: skip
     place = dict(lead=lead * x.element_size(), sparse=sparse * x.element_size())
     fresh = lambda: nothing(num_rows, num_cols, dtype=dtype, gap=gap)  # noqa: E731
@@ -102,6 +103,11 @@ def norm_case(
             return
         if h is not None:
             assert torch.equal(h.nan_to_num(7.0), (x + residual).nan_to_num(7.0)), f"{name} h: not x + residual, rounded once"
+        if cast:
+            x_hat = reference.rms_norm((x + residual).double(), num_cols, eps=eps).to(dtype)
+            same = y == x_hat * (weight.double() + weight_offset).to(dtype)
+            assert same.double().mean() > 0.99, f"{name} y: {same.double().mean():.1%} rounded as they should be"  # x̂ may lie at a tie
+            return
         known = tensors if residual is None else dict(tensors, x=x + residual, residual=None)
         ref64 = norm_reference(known, torch.float64, **options)
         naive = norm_reference(known, F32, **options)
@@ -158,6 +164,9 @@ def norm_cases() -> list[Case]:
         cases.append(norm_case("no parameters, no stats", made, subtract_mean=subtract_mean, stats=False))
         cases.append(norm_case("no rows", norm_tensors(0, 8, F32), subtract_mean=subtract_mean))
         cases.append(norm_case("no columns", norm_tensors(3, 0, F32), subtract_mean=subtract_mean))
+    for dtype, cols in ((BF16, 200), (F16, 1000)):
+        made = norm_tensors(4, cols, dtype, residual=True)
+        cases.append(norm_case(f"cast before the weight, {cols}", made, subtract_mean=False, weight_offset=1.0, cast=True))
     for cols in (40, 1000):
         made = norm_tensors(5, cols, F32, residual=True)
         cases.append(norm_case(f"in place, {cols}", made, subtract_mean=True, in_place=True, gap=4))
@@ -238,9 +247,11 @@ FAULTS = [
     Fault("what lies past the row counts", SOURCE, "h[c][i] = i < count ? h[c][i] - rest : 0.0f;", "h[c][i] = h[c][i] - rest;", {"plain": WRONG}),
     Fault("a common offset is not taken off first", SOURCE, "const float shift = kSubtractMean ? row.first() : 0.0f;\n  if (kSubtractMean) {", "const float shift = 0.0f;\n  if (kSubtractMean) {",
           {"plain": f"{WRONG}layer_norm of constant rows"}),
-    Fault("the sum is not rounded before it is normalised", SOURCE, "sum[i] = to_float(from_float<T>(to_float(added.lanes[i]) + sum[i]));", "sum[i] += to_float(added.lanes[i]);", {"plain": f"{WRONG}.*rounded more than once"}),
-    Fault("rounded before the weight and after", SOURCE, "x_hat[i] *= parameter[i] + p.weight_offset;", "x_hat[i] = to_float(from_float<T>(x_hat[i])) * (parameter[i] + p.weight_offset);",
+    Fault("the sum is not rounded before it is normalised", SOURCE, "sum[i] = round_to<T>(to_float(added.lanes[i]) + sum[i]);", "sum[i] += to_float(added.lanes[i]);", {"plain": f"{WRONG}.*rounded more than once"}),
+    Fault("rounded before the weight and after", SOURCE, "p.cast_before_weight ? round_to<T>(x_hat[i]) * round_to<T>(scale) : x_hat[i] * scale", "round_to<T>(x_hat[i]) * scale",
           {"plain": f"{WRONG}.*rounded more than once"}),
+    Fault("not rounded before the weight", SOURCE, "p.cast_before_weight ? round_to<T>(x_hat[i])", "p.cast_before_weight ? x_hat[i]", {"plain": f"{WRONG}.*rounded as they should"}),
+    Fault("the weight and its offset are not rounded", SOURCE, "* round_to<T>(scale) :", "* scale :", {"plain": f"{WRONG}.*rounded as they should"}),
     Fault("the weight's offset is left out", SOURCE, "parameter[i] + p.weight_offset", "parameter[i]", {"plain": WRONG}),
     Fault("a long row's second walk reads x", SOURCE, "const T* stored = row.residual == nullptr ? row.x : row.h;", "const T* stored = row.x;", {"plain": WRONG}),
     Fault("eps outside the root", SOURCE, "rsqrtf(squares / static_cast<float>(p.num_cols) + p.eps)", "rsqrtf(squares / static_cast<float>(p.num_cols)) + p.eps", {"plain": WRONG}),

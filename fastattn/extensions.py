@@ -1,0 +1,57 @@
+"""The compiled implementations of single operators, where setup.py could build them: fastattn._C on the CPU, fastattn._cuda on CUDA.
+
+An operator `<op>_cpp` or `<op>_cuda` has its schema in fastattn/cpu/<op>.py or fastattn/cuda/<op>.py, beside the code that chooses it, and
+its implementation in csrc/. Nothing needs it to be built: `available` says whether it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+_library = torch.library.Library("fastattn", "FRAGMENT")
+
+
+class Operators:
+    """Those of one library. Loading it initialises no CUDA."""
+
+    def __init__(self, module: str, variable: str, lacks: str | None = None) -> None:
+        """variable: of the environment, names another library, as tests do, or is 0 for none. lacks: why it cannot run here."""
+        self.why_not = _load(module, variable, lacks)  # None once it is loaded
+        self._found: set[str] = set()
+
+    def define(self, schema: str) -> None:
+        """Define `fastattn::<schema>`, which the library implements if there is one (and if it is not an older one)."""
+        _library.define(schema)
+        name = schema.partition("(")[0]
+        # CUDA's are implemented for CPU tensors by the tests' build of csrc/cuda for the CPU.
+        if any(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", key) for key in ("CPU", "CUDA")):
+            self._found.add(name)
+
+    def available(self, name: str) -> bool:
+        """Whether the operator of that name has its implementation."""
+        return name in self._found
+
+
+def _load(module: str, variable: str, lacks: str | None) -> str | None:
+    library = os.environ.get(variable)
+    if library == "0":
+        return f"turned off by {variable}=0"
+    if library is None:
+        if lacks:
+            return lacks
+        spec = importlib.util.find_spec(module)
+        library = None if spec is None else spec.origin
+    if library is None:
+        return "not built"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # of another torch, another CUDA or another libstdc++ than it was built for
+        return f"does not load: {error}"
+    return None
+
+
+cpu_operators = Operators("fastattn._C", "FASTATTN_EXTENSION")
+cuda_operators = Operators("fastattn._cuda", "FASTATTN_CUDA_EXTENSION", None if torch.version.cuda else "this torch has no CUDA")

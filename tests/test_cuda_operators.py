@@ -1,0 +1,134 @@
+"""The CUDA C++ kernels as operators, on CPU tensors: bindings, limits, and the rules that choose them.
+
+The kernels' own tests are in test_cuda_on_cpu.py. Here an op runs from its public function to the kernel, in the process whose CPU tensors
+run kernels; and every test of an op that is for kernels runs once more on these.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cuda_on_cpu import BF16, F16, F32, build_operators
+from op_contract import check_op
+
+import fastattn
+from fastattn.extensions import cuda_operators
+
+pytestmark = pytest.mark.interpret
+NAMES = {"norm_fwd_cuda"}
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    return build_operators(tmp_path_factory.mktemp("operators"))
+
+
+@pytest.fixture
+def cuda(library, monkeypatch):
+    torch.ops.load_library(library)
+    missing = {name for name in NAMES if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", "CPU")}
+    assert not missing
+    monkeypatch.setattr(cuda_operators, "_found", NAMES)
+
+
+def ran(f) -> list[str]:
+    """The names of the CUDA operators that f calls."""
+    with torch.autograd.profiler.profile() as profiler:
+        f()
+    return [event.name.removeprefix("fastattn::") for event in profiler.function_events if event.name.endswith("_cuda")]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The choice.
+
+X, WEIGHT = torch.randn(3, 40), torch.randn(40)
+CALLS = {
+    "norm": (lambda backend: fastattn.rms_norm(X, 40, WEIGHT, backend=backend), ["norm_fwd_cuda"]),
+}  # fmt: skip
+BEYOND = {
+    "norm dropout": (lambda backend: fastattn.add_rms_norm(X, X, 40, dropout_p=0.5, backend=backend), "dropout"),
+    "norm dtype": (lambda backend: fastattn.add_rms_norm(X, X.half(), 40, backend=backend), "a residual or a result of another dtype than x's"),
+    "norm weights": (lambda backend: fastattn.layer_norm(X, 40, WEIGHT, WEIGHT.half(), backend=backend), "parameters that are neither"),
+    "norm strides": (lambda backend: fastattn.rms_norm(X.view(3, 2, 20)[:, :, :19], 19, backend=backend), None),
+    "norm gaps": (lambda backend: fastattn.rms_norm(torch.randn(3, 4, 20)[:, :3], 20, backend=backend), "rows at more than one stride"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_rule_and_the_caller_choose(name, cuda, monkeypatch):
+    call, operators = CALLS[name]
+    assert ran(lambda: call(None)) == operators and ran(lambda: call("cuda")) == operators and ran(lambda: call("triton")) == []
+    with monkeypatch.context() as none:
+        none.setattr(cuda_operators, "_found", set())
+        assert ran(lambda: call(None)) == []
+        with pytest.raises(NotImplementedError, match="backend='cuda' does not do anything: (this torch has no CUDA|not built)"):
+            call("cuda")
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_is_beyond_it_is_tritons_or_raises(name, cuda):
+    call, said = BEYOND[name]
+    assert bool(ran(lambda: call(None))) == (said is None)
+    if said is not None:
+        with pytest.raises(NotImplementedError, match=f"backend='cuda' does not do {said}"):
+            call("cuda")
+
+
+def test_a_backend_that_there_is_not(cuda):
+    for name, (call, _) in CALLS.items():
+        with pytest.raises(ValueError, match="backend must be one of 'triton', 'cuda', got 'cudnn'"):
+            call("cudnn")
+        with pytest.raises(TypeError, match="backend must be a str, got int"):
+            call(1)
+        assert name
+
+
+def test_many_rows_are_tritons(cuda):
+    x = torch.zeros(1, 1 << 18)
+    assert ran(lambda: fastattn.rms_norm(x[:, : 1 << 17], 1 << 17)) == ["norm_fwd_cuda"] and ran(lambda: fastattn.rms_norm(x, 1 << 18)) == []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Norms.
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("shape", [(5, 33), (2, 3, 64), (1, 1, 1, 2100), (40,), (0, 8), (3, 0)])
+def test_norms(shape, dtype, cuda):
+    tensors = dict(x=torch.randn(shape), residual=torch.randn(shape), weight=torch.randn(shape[-1:]))
+    tensors = {name: t.to(dtype) for name, t in tensors.items()}
+    if tensors["x"].numel() == 0:
+        assert fastattn.add_rms_norm(**tensors, normalized_shape=shape[-1], backend="cuda")[0].shape == shape
+        return
+    for options in ({}, dict(weight_offset=1.0), dict(cast_before_weight=True)):
+        check_op(
+            f"add_rms_norm {shape} {options}",
+            lambda backend="cuda", **t: fastattn.add_rms_norm(**t, normalized_shape=shape[-1], backend=backend, **options),  # noqa: B023
+            lambda **t: fastattn.reference.add_rms_norm(**t, normalized_shape=shape[-1], **options),  # noqa: B023
+            tensors,
+        )
+    tensors["bias"] = torch.randn(shape[-1:]).to(dtype)
+    check_op(
+        f"add_layer_norm {shape}",
+        lambda **t: fastattn.add_layer_norm(**t, normalized_shape=shape[-1], backend="cuda"),
+        lambda **t: fastattn.reference.add_layer_norm(**t, normalized_shape=shape[-1]),
+        tensors,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The ops' own tests.
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("op", ["norm"])
+def test_an_ops_tests_pass_on_them(op, library):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "(interpret or both) and not more", f"tests/test_{op}.py"],
+        env=os.environ | {"FASTATTN_CUDA_EXTENSION": str(library)}, capture_output=True, text=True, timeout=550,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:]

@@ -1,0 +1,105 @@
+"""Calls of fastattn's operators that pass the dispatcher by, and everything that has to see them nonetheless."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastattn
+
+pytestmark = pytest.mark.both
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(3, 17)
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Whether f asks the dispatcher for softmax_fwd."""
+
+    def ask(f) -> bool:
+        calls = []
+        (call,) = [fastattn.ops.operator.operators.softmax_fwd]
+        operator, *implementations = call.args
+
+        def counted(*args):
+            calls.append(args)
+            return operator(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fastattn.ops.operator.operators, "softmax_fwd", type(call)(call.func, counted, *implementations))
+            f()
+        return bool(calls)
+
+    return ask
+
+
+def test_a_plain_call_passes_it_by(x, dispatched):
+    leaf = x.clone().requires_grad_()
+    parameter = torch.nn.Parameter(x)
+    for call in (lambda: fastattn.softmax(x, -1), lambda: fastattn.softmax(leaf, -1).sum().backward(), lambda: fastattn.softmax(parameter, -1)):
+        assert not dispatched(call)
+    with torch.inference_mode():
+        assert not dispatched(lambda: fastattn.softmax(x, -1))
+    assert torch.equal(fastattn.softmax(x, -1), torch.ops.fastattn.softmax_fwd(x, 1, x.dtype))
+
+
+def test_modes_see_operators(x, dispatched):
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for mode in (Dispatch, Function):
+        seen: list[str] = []
+        with mode():
+            assert dispatched(lambda: fastattn.softmax(x, -1))
+        assert any("softmax_fwd" in name for name in seen), mode
+
+
+def test_subclasses_see_operators(x, dispatched):
+    class Named(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    seen: list[str] = []
+    assert dispatched(lambda: fastattn.softmax(x.as_subclass(Named), -1))
+    assert any("softmax_fwd" in name for name in seen)
+
+
+def test_the_profiler_names_operators(x):
+    for profiler in (torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), torch.autograd.profiler.profile()):
+        with profiler:
+            fastattn.softmax(x, -1)
+        assert "fastattn::softmax_fwd" in {event.key for event in profiler.key_averages()}
+
+
+def test_tracers_record_operators(x):
+    graph = make_fx(lambda t: fastattn.softmax(t, -1))(x)
+    assert "softmax_fwd" in graph.code
+    traced = torch.jit.trace(lambda t: fastattn.softmax(t, -1), x, check_trace=False)
+    assert "fastattn::softmax_fwd" in str(traced.graph)
+
+
+def test_transforms_see_operators(x, dispatched):
+    assert dispatched(lambda: torch.vmap(lambda row: fastattn.softmax(row, -1))(x))
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert dispatched(lambda: fastattn.softmax(mode.from_tensor(x), -1))
+
+
+def test_other_devices_are_the_dispatchers(x, dispatched):
+    result = []
+    assert dispatched(lambda: result.append(fastattn.softmax(x.to("meta"), -1)))
+    assert result[0].is_meta and result[0].shape == x.shape
