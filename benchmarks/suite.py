@@ -20,7 +20,7 @@ from torch import Tensor
 from . import report
 from .provenance import checkout, provenance
 from .timing import Clock, Measurement, Work, describe_error, free_memory, host_microseconds, measure_ceilings
-from .verification import check, relative_error
+from .verification import Check, check, relative_error
 
 OPS = (
     "attention", "softmax", "norm", "rotary", "glu", "cross_entropy", "linear_cross_entropy", "sampling",
@@ -146,10 +146,19 @@ def run_once(forward: Forward, inputs: list[Tensor], upstream: list[Tensor]) -> 
     return [*(out.detach() for out in outs), *grads]
 
 
-def verify(results: list[Tensor], naive: dict[str, Tensor], ref64: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """The error budget of outputs and gradients, on the very tensors that are timed."""
-    checks = {name: check(result, naive[name], ref64[name]) for name, result in zip(ref64, results, strict=True)}
-    return {name: {**asdict(c), "passed": c.passed} for name, c in checks.items()}
+def compare(results: list[Tensor], naive: dict[str, Tensor], ref64: dict[str, Tensor]) -> dict[str, Check]:
+    """The error budget of outputs and gradients."""
+    return {name: check(result, naive[name], ref64[name]) for name, result in zip(ref64, results, strict=True)}
+
+
+def verify_shape(
+    suite: Suite, shape: Shape, dtype: torch.dtype, device: torch.device, builders: Mapping[str, Builder]
+) -> dict[str, dict[str, Check]]:
+    """The error budget of outputs and gradients of each implementation."""
+    inputs, upstream = suite.draw(shape, dtype, device)
+    naive, ref64 = (suite.reference(shape, inputs, upstream, wanted) for wanted in (dtype, torch.float64))
+    forwards = {name: suite.checked.get(name, builder)(shape) for name, builder in builders.items()}
+    return {name: compare(run_once(forward, inputs, upstream), naive, ref64) for name, forward in forwards.items()}
 
 
 def run_shape(
@@ -173,7 +182,8 @@ def run_shape(
     ours = builders[OURS](shape)
     try:
         checked = suite.checked[OURS](shape) if OURS in suite.checked else ours
-        row["checks"] = verify(run_once(checked, inputs, upstream), naive, ref64)
+        checks = compare(run_once(checked, inputs, upstream), naive, ref64)  # of the very tensors that are timed
+        row["checks"] = {name: {**asdict(c), "passed": c.passed} for name, c in checks.items()}
     except Exception as error:
         row["checks"], row["error"] = {}, describe_error(error)
     row["verified"] = bool(row["checks"]) and all(c["passed"] for c in row["checks"].values())

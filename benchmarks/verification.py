@@ -1,4 +1,7 @@
-"""Is attention right on this device? Measured against the naive reference in float64, judged by the project's one error budget."""
+"""Is an op right on this device? Measured against the naive reference in float64, judged by the project's one error budget.
+
+Attention has a grid of its options here; what other ops are held to are their benchmarks' smallest shapes.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,11 @@ class Check:
     @property
     def passed(self) -> bool:
         return math.isfinite(self.error) and self.error <= self.budget
+
+    @property
+    def share(self) -> float:
+        """The error as a share of the budget."""
+        return self.error / self.budget
 
 
 def check(out: Tensor, naive: Tensor, ref64: Tensor) -> Check:
@@ -83,7 +91,7 @@ def reference_results(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: boo
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The grid of options behind `fastattn verify`.
+# Attention's grid of options behind `fastattn verify`.
 
 
 @dataclass(frozen=True)

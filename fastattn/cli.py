@@ -47,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", suite.run, "verify each op, then time it against the naive one and the peers at hand")
     suite.add_arguments(bench)
     add("info", _info, "versions, devices, and which code runs on them")
-    verify = add("verify", _verify, "check attention's options, outputs and gradients, against the float64 reference")
+    verify = add("verify", _verify, "check each op's outputs and gradients against its float64 reference")
+    verify.add_argument("ops", nargs="*", metavar="OP", help=f"all, or some of {', '.join(suite.OPS)} (default: all)")
     device, regex = suite.device, suite.regex
     verify.add_argument("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
     dtypes = suite.DTYPES
@@ -119,33 +120,55 @@ def _describe_gpu(device: torch.device) -> str:
 def _verify(options: argparse.Namespace) -> int:
     from fastattn.benchmarks import report, suite
     from fastattn.benchmarks.timing import describe_error
-    from fastattn.benchmarks.verification import CASES, verify_case
 
     device = _device(options.device)
     dtypes = options.dtype or (list(suite.DTYPES) if device.type == "cuda" else ["fp32"])
-    cases = [case for case in CASES if options.only.search(case.name)]
-    if not cases:
-        raise SystemExit(f"fastattn verify: --only must match a case: {', '.join(case.name for case in CASES)}")
+    ops = suite.OPS if options.ops in ([], ["all"]) else options.ops
+    if unknown := [op for op in ops if op not in suite.OPS]:
+        raise SystemExit(f"fastattn verify: OP must be all or some of {', '.join(suite.OPS)}, got {unknown[0]!r}")
+    cases = [(op, name, case) for op in ops for name, case in _cases(op, device)]
+    selected = [case for case in cases if options.only.search(case[1])]
+    if not selected:
+        raise SystemExit(f"fastattn verify: --only must match a case: {', '.join(name for _, name, _ in cases)}")
     rows, red = [], 0
-    with report.progress("verify", len(cases) * len(dtypes)) as step:
-        for dtype, case in itertools.product(dtypes, cases):
-            step(f"{dtype} {case.name}")
+    with report.progress("verify", len(selected) * len(dtypes)) as step:
+        for dtype, (op, name, case) in itertools.product(dtypes, selected):
+            step(f"{dtype} {op} {name}")
             try:
-                checks = verify_case(case, suite.DTYPES[dtype], device)
+                checks = case(suite.DTYPES[dtype])
             except Exception as error:  # a case that raises is a red row; the others still run
                 red += 1
-                rows.append([f"!{case.name}", dtype, "!RAISED", describe_error(error), "", ""])
+                rows.append([f"!{op}", name, dtype, "!RAISED", describe_error(error), "", "", ""])
                 continue
-            worst = max(checks, key=lambda name: checks[name].error / checks[name].budget)
+            worst = max(checks, key=lambda name: checks[name].share)
             failed = [name for name, check in checks.items() if not check.passed]
             red += bool(failed)
             verdict = f"!WRONG: {', '.join(failed)}" if failed else "ok"
-            numbers = (f"{checks[worst].error:.1e}", f"{checks[worst].budget:.1e}")
-            rows.append([case.name, dtype, verdict, f"{worst} (of {', '.join(checks)})", *numbers])
-    header = ("case", "dtype", "verdict", "worst tensor", "error", "budget")
-    report.print_table(f"attention against the float64 reference on {device}", header, rows, left=4)
+            numbers = (f"{checks[worst].error:.1e}", f"{checks[worst].budget:.1e}", f"{checks[worst].share:.0%}")
+            rows.append([op, name, dtype, verdict, f"{worst} (of {', '.join(checks)})", *numbers])
+    header = ("op", "case", "dtype", "verdict", "worst tensor", "error", "budget", "share")
+    report.print_table(f"against the float64 reference on {device}", header, rows, left=5)
     print(f"{len(rows) - red} of {len(rows)} cases within the error budget")
     return 1 if red else 0
+
+
+def _cases(op: str, device: torch.device):
+    """(name, checks of a dtype) of what an op is held to: attention's options one by one, and its benchmark's smallest shapes, by each of
+    our implementations."""
+    from fastattn.benchmarks import suite, verification
+
+    if op == "attention":
+        for case in verification.CASES:
+            yield case.name, functools.partial(verification.verify_case, case, device=device)
+    found = suite.suite_of(op)
+    ours = {name: builder for name, builder in found.peers(device)[0].items() if name.startswith(suite.OURS)}
+
+    def checks(shape, name: str, dtype: torch.dtype):
+        return suite.verify_shape(found, shape, dtype, device, {name: ours[name]})[name]
+
+    for shape, name in itertools.product(found.presets[device.type, "tiny"], ours):
+        label = "-".join(filter(None, shape.id("").split("-"))) + name.removeprefix(suite.OURS)
+        yield label, functools.partial(checks, shape, name)
 
 
 def _warmup(options: argparse.Namespace) -> int:

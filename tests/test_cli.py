@@ -10,6 +10,7 @@ import torch
 
 import fastattn
 from fastattn import cli
+from fastattn.benchmarks.suite import OPS
 from fastattn.cli import main
 
 
@@ -22,8 +23,8 @@ def test_info_names_versions_and_the_code_that_runs(capsys):
     assert "naive, SDPA" in printed
 
 
-def test_verify_passes_on_every_option(capsys):
-    assert main(["verify", "--device", "cpu"]) == 0
+def test_verify_passes_on_every_option_of_attention(capsys):
+    assert main(["verify", "attention", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     for case in (
         "causal",
@@ -38,7 +39,15 @@ def test_verify_passes_on_every_option(capsys):
         "dropout",
     ):
         assert case in printed
-    assert "22 of 22 cases within the error budget" in printed
+    assert "26 of 26 cases within the error budget" in printed
+
+
+def test_verify_holds_every_op(capsys):
+    others = [op for op in OPS if op != "attention"]
+    assert main(["verify", *others, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for op in others:
+        assert re.search(rf"^ *{op} .* ok .* \d+% *$", printed, re.MULTILINE), op
 
 
 def test_verify_in_half_precision(capsys):
@@ -56,7 +65,7 @@ def test_verify_is_red_on_a_wrong_answer(capsys, monkeypatch):
     monkeypatch.setattr(fastattn, "attention", wrong)
     assert main(["verify", "--device", "cpu", "--only", "^plain$"]) == 1
     printed = capsys.readouterr().out
-    assert "WRONG: lse" in printed
+    assert "WRONG: lse" in printed and re.search(r"lse \(of .* [\d.e+-]+ +[\d.e+-]+ +\d{4,}%", printed)
     assert "0 of 1 cases" in printed
 
 
@@ -74,6 +83,8 @@ def test_verify_goes_on_after_an_exception(capsys, monkeypatch):
 def test_verify_only_must_match():
     with pytest.raises(SystemExit, match="--only must match a case: plain"):
         main(["verify", "--only", "no such case"])
+    with pytest.raises(SystemExit, match="OP must be all or some of attention, .*, got 'atention'"):
+        main(["verify", "atention"])
 
 
 def test_warmup_has_nothing_to_do_on_a_cpu(capsys):
