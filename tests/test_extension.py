@@ -16,6 +16,7 @@ import torch
 
 import fastattn
 from fastattn.cpu import attention, moe_routing, paged_attention
+from fastattn.cpu import sampling as cpu_sampling
 from fastattn.extensions import cpu_operators
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,6 +264,76 @@ def test_dispatch_refuses_what_it_cannot_read():
     for ids in (torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(2, 2, 2, dtype=torch.int32)):
         with pytest.raises(RuntimeError, match="moe_dispatch_cpp: indices must"):
             torch.ops.fastattn.moe_dispatch_cpp(ids, 4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sampling.
+
+
+def ends(x):
+    """Rows with a NaN, an infinity, nothing, and one token."""
+    x[0, 3], x[1, 5], x[2], x[3, 1:] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    return x
+
+
+LOGITS = {
+    "normal": lambda: 3 * torch.randn(6, 3001),
+    "ties": lambda: torch.randint(-4, 4, (6, 700)).float(),
+    "all equal": lambda: torch.full((3, 300), -2.5),
+    "one": lambda: torch.randn(3, 1),
+    "few": lambda: torch.randn(5, 17),
+    "masked": lambda: torch.randn(5, 1000).masked_fill(torch.rand(5, 1000) < 0.7, -torch.inf),
+    "masked by the least": lambda: torch.randn(5, 1000).masked_fill(torch.rand(5, 1000) < 0.7, torch.finfo(torch.float32).min),
+    "far apart": lambda: torch.randn(4, 500) * 1e30,
+    "close together": lambda: torch.randn(4, 500) * 1e-30,
+    "signed zeros": lambda: torch.tensor([[0.0, -0.0, 1.0, -0.0, 0.0, -1.0]] * 3),
+    "ends": lambda: ends(torch.randn(7, 300)),
+    "transposed": lambda: torch.randn(600, 4).t(),
+    "rows with gaps": lambda: torch.randn(4, 900)[:, 5:700],
+}
+# temperature, top_k, top_p, min_p
+SAMPLINGS = {
+    "plain": (1.0, 0, 1.0, 0.0), "top k": (1.0, 5, 1.0, 0.0), "top p": (0.7, 0, 0.9, 0.0), "both": (1.3, 40, 0.6, 0.0), "min p": (1.0, 0, 1.0, 0.1),
+    "all": (2.0, 200, 0.95, 0.02), "least p": (1.0, 0, 0.0, 0.0), "most p": (1.0, 0, 1 - 2**-24, 0.0), "many": (1.0, 250, 1.0, 0.0), "greedy": (0.0, 7, 0.5, 0.0),
+    "cold": (1e-3, 20, 0.9, 0.0), "hot": (1e4, 20, 0.9, 0.0),
+}  # fmt: skip
+
+
+@BUILT
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("name", LOGITS)
+def test_sampling_is_what_torch_makes_of_it(name, sampling, both_ways):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if name in ("normal", "ends") else (torch.float32,):
+        logits = LOGITS[name]()
+        logits = torch.empty_strided(logits.shape, logits.stride(), dtype=dtype).copy_(logits)
+        compiled, plain = both_ways(cpu_sampling.sampling_probs, logits, *SAMPLINGS[sampling])
+        assert torch.equal(compiled.isnan(), plain.isnan()) and torch.equal(compiled > 1e-30, plain > 1e-30)
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-9, equal_nan=True)
+        for seed in range(3):
+            drawn, expected = both_ways(cpu_sampling.sample, logits, torch.tensor([seed]), *SAMPLINGS[sampling])
+            assert torch.equal(drawn, expected)
+
+
+@BUILT
+def test_sampling_by_each_rows_own_parameters(both_ways):
+    logits = torch.randn(len(SAMPLINGS), 2000)
+    temperature, top_k, top_p, min_p = (torch.tensor(values) for values in zip(*SAMPLINGS.values(), strict=True))
+    for parameters in ((temperature, top_k, top_p, min_p), (0.8, top_k.int(), 0.9, min_p.double()), (temperature[::1], 30, top_p, 0.0)):
+        compiled, plain = both_ways(cpu_sampling.sampling_probs, logits, *parameters)
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-9)
+    one_by_one = [cpu_sampling.sampling_probs(row[None], *p) for row, p in zip(logits, SAMPLINGS.values(), strict=True)]
+    assert torch.equal(torch.cat(one_by_one), cpu_sampling.sampling_probs(logits, temperature, top_k, top_p, min_p))
+
+
+@BUILT
+def test_sampling_draws_by_the_cumulative_sum():
+    """Every number of a fine grid gives the token that float64 gives, but next to a boundary."""
+    logits, parameters = torch.randn(1, 1000) * 2, (1.0, 300, 0.9, 0.01)
+    cdf = cpu_sampling.sampling_probs(logits, *parameters).double().cumsum(1)[0]
+    numbers = torch.linspace(0, 1, 5001, dtype=torch.float64)[:-1]
+    drawn = torch.ops.fastattn.sample_cpp(logits.expand(5000, -1), numbers, None, None, None, None, *parameters)
+    low, high = (torch.searchsorted(cdf / cdf[-1], numbers + offset, right=True) for offset in (-1e-6, 1e-6))
+    assert ((low <= drawn) & (drawn <= high)).all() and (drawn == high).double().mean() > 0.99
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,18 @@
-"""Sampling on the CPU: the cut by the largest values, in chunks of rows, and the draw by inverting the cumulative sum in float64."""
+"""Sampling on the CPU: in C++ where it is built; else the cut by the largest values, in chunks of rows, and the draw by inverting the
+cumulative sum in float64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fastattn.extensions import cpu_operators
+
+_PARAMETERS = (
+    "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, float temperature, int top_k, float top_p, float min_p"
+)
+cpu_operators.define(f"sample_cpp(Tensor logits, Tensor numbers, {_PARAMETERS}) -> Tensor")
+cpu_operators.define(f"sampling_probs_cpp(Tensor logits, {_PARAMETERS}) -> Tensor")
 
 _CHUNK_ELEMENTS = 1 << 22  # logits looked at together: 16 MB of each intermediate
 
@@ -19,6 +28,8 @@ def sample(
     """Ids, (B,) int64, of logits (B, V); row r's uniform number is the r-th of a generator with this seed."""
     generator = torch.Generator().manual_seed(int(seed))
     uniform = torch.rand(logits.shape[0], 1, dtype=torch.float64, generator=generator)
+    if cpu_operators.available("sample_cpp"):
+        return torch.ops.fastattn.sample_cpp(_in_rows(logits), uniform, *_compiled(temperature, top_k, top_p, min_p))
     ids = torch.empty(logits.shape[0], dtype=torch.int64)
     for rows, probs in _chunks(logits, temperature, top_k, top_p, min_p):
         cdf = probs.cumsum(1, dtype=torch.float64)
@@ -34,10 +45,23 @@ def sampling_probs(
     logits: Tensor, temperature: float | Tensor, top_k: int | Tensor, top_p: float | Tensor, min_p: float | Tensor
 ) -> Tensor:
     """What `sample` draws from, (B, V) float32."""
+    if cpu_operators.available("sampling_probs_cpp"):
+        return torch.ops.fastattn.sampling_probs_cpp(_in_rows(logits), *_compiled(temperature, top_k, top_p, min_p))
     probs = torch.empty(logits.shape, dtype=torch.float32)
     for rows, chunk in _chunks(logits, temperature, top_k, top_p, min_p):
         probs[rows] = chunk
     return probs
+
+
+def _in_rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _compiled(*parameters: float | Tensor) -> list[float | Tensor | None]:
+    """Tensors of rows, and numbers that stand where there is none, as the compiled operators take them."""
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.float32)
+    tensors = [value.to(dtype).contiguous() if isinstance(value, Tensor) else None for value, dtype in zip(parameters, dtypes)]
+    return [*tensors, *(1 if isinstance(value, Tensor) else value for value in parameters)]
 
 
 def _chunks(logits: Tensor, *parameters: float | Tensor):
