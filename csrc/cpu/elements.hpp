@@ -55,4 +55,15 @@ inline uint16_t f16_of(float x) {
   return uint16_t(sign | bits >> 13);
 }
 
+// Saturates at ±448, of infinity too.
+inline uint8_t e4m3_of(float x) {
+  const uint32_t sign = bits_of(x) >> 24 & 0x80;
+  const float size = float_of(bits_of(x) & 0x7fffffff);
+  if (size != size) return uint8_t(sign | 0x7f);
+  const uint32_t bits = bits_of(size < 448.0f ? size : 448.0f);
+  if (bits < 0x3c800000)  // subnormal: a sum with 2^14 has its unit, 2^-9, in the last place
+    return uint8_t(sign | (bits_of(float_of(bits) + 16384.0f) - 0x46800000));
+  return uint8_t(sign | ((bits + 0x7ffff + (bits >> 20 & 1) - (120u << 23)) >> 20));
+}
+
 }  // namespace fastattn

@@ -1,11 +1,18 @@
-"""Appending to a paged cache on the CPU: plain torch, a bounded number of tokens at a time."""
+"""Appending to a paged cache on the CPU: in C++ where it is built, else plain torch, a bounded number of tokens at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastattn.extensions import cpu_operators
+
 from .rotary import rotary
+
+cpu_operators.define(
+    "append_paged_kv_cpp(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor cache_seqlens, "
+    "Tensor? cu_seqlens, Tensor? cos, Tensor? sin, Tensor? k_scale, Tensor? v_scale, bool interleaved) -> ()"
+)
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -15,6 +22,11 @@ def append_paged_kv(
     cos: Tensor | None, sin: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, interleaved: bool,
 ) -> None:  # fmt: skip
     """k, rotated, and v into their slots. Positions lie within the tables, and cu_seqlens within k: the operator has looked."""
+    if cpu_operators.available("append_paged_kv_cpp") and (cos is None or cos.dtype == sin.dtype != torch.float64):
+        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+        rest = (t if t is None else t.contiguous() for t in (cache_seqlens, cu_seqlens, cos, sin, k_scale, v_scale))
+        torch.ops.fastattn.append_paged_kv_cpp(k, v, k_cache, v_cache, page_table, *rest, interleaved)
+        return
     lengths = torch.full(cache_seqlens.shape, k.shape[1]) if cu_seqlens is None else cu_seqlens.diff()
     if k.dim() == 4:
         k, v = k.flatten(0, 1), v.flatten(0, 1)
