@@ -17,6 +17,7 @@ import torch
 import fastattn
 from fastattn.cpu import attention, moe_routing, paged_attention
 from fastattn.cpu import sampling as cpu_sampling
+from fastattn.cpu.append_paged_kv import append_paged_kv
 from fastattn.extensions import cpu_operators
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -334,6 +335,68 @@ def test_sampling_draws_by_the_cumulative_sum():
     drawn = torch.ops.fastattn.sample_cpp(logits.expand(5000, -1), numbers, None, None, None, None, *parameters)
     low, high = (torch.searchsorted(cdf / cdf[-1], numbers + offset, right=True) for offset in (-1e-6, 1e-6))
     assert ((low <= drawn) & (drawn <= high)).all() and (drawn == high).double().mean() > 0.99
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Appending to a paged cache.
+
+TABLE = torch.tensor([[3, 0, -1, 9, 7], [1, 30, 5, 6, 2], [8, 4, 10, -(2**31), 2**31 - 1]], dtype=torch.int32)
+APPENDS = {
+    "plain": {}, "rotary": dict(rotary=16), "part of a key": dict(rotary=6), "interleaved": dict(rotary=6, interleaved=True), "one key": dict(new=1, rotary=16),
+    "packed": dict(lengths=(5, 0, 9)), "packed, rotary": dict(lengths=(0, 7, 1), rotary=16), "no room": dict(cached=(0, 17, -2)), "none": dict(new=0), "packed, none": dict(lengths=(0, 0, 0)),
+    "heads first": dict(transposed=True, rotary=4), "a long one": dict(lengths=(2, 14, 1), cached=(0, 1, 3)),
+}  # fmt: skip
+
+
+@BUILT
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", APPENDS)
+def test_appending_is_what_torch_makes_of_it(name, stored, both_ways):
+    options = dict(new=6, rotary=0, interleaved=False, lengths=None, cached=(2, 0, 9), transposed=False) | APPENDS[name]
+    lead = (3, options["new"]) if options["lengths"] is None else (sum(options["lengths"]),)
+    cu = None if options["lengths"] is None else torch.tensor((0, *options["lengths"])).cumsum(0).int()
+    quantised = stored.itemsize == 1
+    scales = [torch.rand(2) * 0.1 + 0.01 if quantised else None for _ in "kv"]
+    tables = [torch.randn(40, options["rotary"] // 2) if options["rotary"] else None for _ in range(2)]
+    for dtype in (torch.float32, torch.bfloat16):
+        k, v = torch.randn(*lead, 2, 16), torch.randn(*lead, 2, 11)
+        if k.numel():
+            v.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        k, v = (t.transpose(-2, -3).contiguous().transpose(-2, -3) if options["transposed"] else t for t in (k.to(dtype), v.to(dtype)))
+
+        def append(k, v):
+            caches = [torch.full((11, 4, 2, n), 7.0).to(stored) for n in (16, 11)]
+            lengths = torch.tensor(options["cached"], dtype=torch.int32)
+            append_paged_kv(k, v, *caches, TABLE[:, :4], lengths, cu, *tables, *scales, options["interleaved"])
+            return caches
+
+        compiled, plain = both_ways(append, k, v)
+        for mine, theirs in zip(compiled, plain, strict=True):
+            same = (mine.view(torch.uint8) == theirs.view(torch.uint8)) if quantised else (mine == theirs) | (mine.isnan() & theirs.isnan())
+            if not options["rotary"]:
+                assert same.all()
+            else:  # a fused product and sum rounds otherwise, which a bit of what is stored may show
+                assert same.float().mean() > 0.9
+                torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.13 if quantised else 1e-2, atol=1.0 if quantised else 1e-5, equal_nan=True)
+
+
+@BUILT
+def test_e4m3_of_every_kind_of_float(both_ways):
+    """Around each boundary of rounding, NaN, infinities, and what saturates."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ends = codes[codes.isfinite()].unique()
+    halfway = (ends[1:] + ends[:-1]) / 2
+    values = torch.cat([codes, halfway, halfway.nextafter(torch.tensor(1e9)), halfway.nextafter(torch.tensor(-1e9)), torch.tensor([1e9, -1e9, torch.inf, -torch.inf, 1e-30, -0.0])])
+    x = torch.zeros(1, 2, 1, 512)
+    x.view(-1)[: len(values)] = values
+
+    def append(k):
+        caches = [torch.zeros(1, 2, 1, 512).to(torch.float8_e4m3fn) for _ in "kv"]
+        append_paged_kv(k, k, *caches, *(torch.zeros(*shape, dtype=torch.int32) for shape in ((1, 1), (1,))), *[None] * 5, False)
+        return caches
+
+    compiled, plain = both_ways(append, x)
+    assert torch.equal(compiled[0].view(torch.uint8), plain[0].view(torch.uint8))
 
 
 # --------------------------------------------------------------------------------------------------------------------
