@@ -156,6 +156,7 @@ void cp_async_wait(int pending);
 
 // To the race detector, an access that no other atomic one races with.
 void note_atomic(void* address, size_t size);
+void note_fence();
 
 template <class T>
 inline constexpr char kKeyOfShared = 0;
@@ -310,10 +311,17 @@ T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> va
   return cuda_on_cpu::atomic(address, [=](T old) { return old == expected ? value : old; });
 }
 
+template <class T>
+T atomicInc(T* address, std::common_type_t<T> last) {
+  return cuda_on_cpu::atomic(address, [=](T old) { return old >= last ? T{0} : static_cast<T>(old + 1); });
+}
+inline void __threadfence() { cuda_on_cpu::note_fence(); }
+
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 inline unsigned __brev(unsigned value) {
   unsigned reversed = 0;
   for (int bit = 0; bit < 32; ++bit) reversed |= (value >> bit & 1) << (31 - bit);

@@ -597,5 +597,6 @@ void cp_async_wait(int pending) {
 }
 
 void note_atomic(void* address, size_t size) { races::access(address, size, races::Kind::kAtomic, __builtin_return_address(0)); }
+void note_fence() { races::fence(); }
 
 }  // namespace cuda_on_cpu
