@@ -17,6 +17,7 @@
 
 #include "../common/cp_async.hpp"
 #include "../common/divide.hpp"
+#include "../common/mma.hpp"
 #include "../common/reduce.hpp"
 #include "../common/vector.hpp"
 
@@ -426,6 +427,171 @@ __global__ void __launch_bounds__(kThreads, kRows < 4 ? 4 : kRows == 4 ? 3 : 2) 
 }
 
 // --------------------------------------------------------------------------------------------------------------------
+// A tile of 16 rows, on tensor cores.
+
+constexpr int kMmaRows = 16;
+constexpr int kCopies = 8;                                                 // chunks of keys that a lane copies in a stage
+constexpr int kStageChunks = kCopies * kWarpSize;                          // of a warp's keys, or values
+constexpr int kMmaChunks = kStages * 2 * kWarps * kStageChunks;            // 64 KiB
+constexpr size_t mma_bytes(int lanes) { return 16 * (size_t{kMmaChunks} + kMmaRows * lanes); }  // and the queries
+
+// Where chunk `col` of a row of kLanes chunks lies: 8 rows' chunks of one column, which ldmatrix reads at a time, lie in different banks.
+template <int kLanes>
+__device__ __forceinline__ int swizzled(int row, int col) {
+  return row * kLanes + (col ^ (row & 7));
+}
+
+// Scores are a product of 16 rows and a stage's keys, and the weights' product with its values follows in the same registers: what is row g,
+// keys t and t + 1 of c is the same of a. Keys and values of kLanes·8 entries, those past head_dim zeros, lie in stages of the warp's own.
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kThreads, 2) mma_kernel(const Args a) {
+  constexpr int kDim = kLanes * 8, kKeys = kStageChunks / kLanes, kKeysOfCopy = kWarpSize / kLanes, kStep = kWarps * kKeys;
+  const Work w(a, kMmaRows, kStep);
+  if (w.is_nothing()) return;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const Cache<T> keys = {static_cast<const T*>(a.k_cache) + w.kv_head * a.stride_kh, a.stride_kp, a.stride_ks};
+  const Cache<T> values = {static_cast<const T*>(a.v_cache) + w.kv_head * a.stride_vh, a.stride_vp, a.stride_vs};
+  uint4* const memory = dynamic_shared<uint4>();
+  const auto tile = [&](int stage, int half) { return memory + ((stage * 2 + half) * kWarps + warp) * kStageChunks; };
+
+  // A lane has the page of one key of a stage.
+  const auto load_page = [&](int32_t start) { return lane < kKeys ? page_of(a, w, start + lane) : -1; };
+  const auto copy = [&](const Cache<T>& cache, int32_t page, int32_t start, int stage, int half) {
+    if (start < w.end) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int key = i * kKeysOfCopy + lane / kLanes, col = lane % kLanes;
+        copy_chunk(tile(stage, half) + swizzled<kLanes>(key, col), a, w, cache, __shfl_sync(kFullMask, page, key), start + key, col * 8);
+      }
+    }
+    cp_async::commit();  // also where there is nothing to copy: wait counts groups
+  };
+
+  int32_t start = w.begin + warp * kKeys;
+  int32_t page = load_page(start);
+  const int32_t second = load_page(start + kStep);
+  // Which keys have a page, of this stage, the next, and the one after.
+  unsigned exists = __ballot_sync(kFullMask, page >= 0), exists_next = __ballot_sync(kFullMask, second >= 0), exists_last = 0;
+  copy(keys, page, start, 0, 0);
+  copy(values, page, start, 0, 1);
+  page = load_page(start + 2 * kStep);
+  copy(keys, second, start + kStep, 1, 0);
+  copy(values, second, start + kStep, 1, 1);
+
+  uint4* const queries = memory + kMmaChunks;
+  for (int n = threadIdx.x; n < kMmaRows * kLanes; n += kThreads) {
+    const int row = n / kLanes, col = n % kLanes;
+    const bool is_there = row < w.num_rows && col * 8 < a.head_dim;
+    const T* from = is_there ? Row(a, w, row).q<T>(a, w) + col * 8 : nullptr;
+    queries[swizzled<kLanes>(row, col)] = load_vector(from, is_there ? 8 : 0, is_aligned(from)).bits;
+  }
+  __syncthreads();  // all queries
+  uint32_t q[kDim / 16][4];
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) mma::load_tiles(q[k], queries + swizzled<kLanes>(lane % 16, 2 * k + lane / 16));
+
+  const Row rows[2] = {Row(a, w, lane / 4), Row(a, w, lane / 4 + 8)};
+  float acc[kDim / 8][4] = {};
+  float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};  // the sums are of this lane's scores alone
+  for (int stage = 0; start < w.end; start += kStep, stage ^= 1) {
+    float scores[kKeys / 8][4] = {};
+    cp_async::wait<3>();  // these keys; under way are the values, and the next stage's
+    __syncwarp();         // all lanes' copies
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; n += 2) {
+#pragma unroll
+      for (int k = 0; k < kDim / 16; ++k) {
+        uint32_t both[4];  // keys 8·n and 8 more, of 16 entries
+        mma::load_tiles(both, tile(stage, 0) + swizzled<kLanes>(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        mma::multiply<T>(scores[n], q[k], {both[0], both[1]});
+        mma::multiply<T>(scores[n + 1], q[k], {both[2], both[3]});
+      }
+    }
+    __syncwarp();  // no lane reads these keys any more
+    copy(keys, page, start + 2 * kStep, stage, 0);
+    exists_last = __ballot_sync(kFullMask, page >= 0);
+
+    float new_max[2] = {row_max[0], row_max[1]};
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = n * 8 + lane % 4 * 2 + i % 2;
+        scores[n][i] = rows[i / 2].score(scores[n][i], start + key, exists >> key & 1);
+        new_max[i / 2] = fmaxf(new_max[i / 2], scores[n][i]);
+      }
+    }
+    exists = exists_next;
+    exists_next = exists_last;
+    float shift[2], fade[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      new_max[half] = fmaxf(new_max[half], __shfl_xor_sync(kFullMask, new_max[half], 1));
+      new_max[half] = fmaxf(new_max[half], __shfl_xor_sync(kFullMask, new_max[half], 2));
+      shift[half] = finite_or_zero(new_max[half]);
+      fade[half] = exp2f(row_max[half] - shift[half]);
+      row_sum[half] *= fade[half];
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) row_sum[i / 2] += scores[n][i] = exp2f(scores[n][i] - shift[i / 2]);
+    }
+    if (__any_sync(kFullMask, new_max[0] != row_max[0] || new_max[1] != row_max[1])) {
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[n][i] *= fade[i / 2];
+      }
+    }
+    row_max[0] = new_max[0];
+    row_max[1] = new_max[1];
+
+    cp_async::wait<3>();  // these values; under way are the next stage, and the keys after it
+    __syncwarp();         // all lanes' copies
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      const float(&low)[4] = scores[2 * k], (&high)[4] = scores[2 * k + 1];
+      const uint32_t weights[4] = {mma::pack<T>(low[0], low[1]), mma::pack<T>(low[2], low[3]), mma::pack<T>(high[0], high[1]), mma::pack<T>(high[2], high[3])};
+#pragma unroll
+      for (int n = 0; n < kDim / 8; n += 2) {
+        uint32_t both[4];  // 16 keys, of entries 8·n and 8 more
+        mma::load_tiles_transposed(both, tile(stage, 1) + swizzled<kLanes>(k * 16 + lane % 16, n + lane / 16));
+        mma::multiply<T>(acc[n], weights, {both[0], both[1]});
+        mma::multiply<T>(acc[n + 1], weights, {both[2], both[3]});
+      }
+    }
+    __syncwarp();  // no lane reads these values any more
+    copy(values, page, start + 2 * kStep, stage, 1);
+    page = load_page(start + 3 * kStep);
+  }
+
+  Shared<kMmaRows>& state = shared<Shared<kMmaRows>>();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    row_sum[half] += __shfl_xor_sync(kFullMask, row_sum[half], 1);
+    row_sum[half] += __shfl_xor_sync(kFullMask, row_sum[half], 2);
+    if (lane % 4 == 0) {
+      state.row_max[warp][lane / 4 + half * 8] = row_max[half];
+      state.row_sum[warp][lane / 4 + half * 8] = row_sum[half];
+    }
+  }
+  __syncthreads();  // no warp reads its stages any more, nor has a copy under way
+  float* const parts = dynamic_shared<float>();
+  static_assert(sizeof(float) * kWarps * kMmaRows * kDim <= 16 * size_t{kMmaChunks}, "in the stages' place");
+  static_assert(sizeof(float) * (kMmaRows * kPagedMaxSplits + kThreads * 8) <= 16 * size_t{kMmaChunks}, "the same for the merge");
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<float2*>(parts + (warp * kMmaRows + lane / 4 + half * 8) * kDim + n * 8 + lane % 4 * 2) =
+          float2{acc[n][half * 2], acc[n][half * 2 + 1]};
+  }
+  __syncthreads();  // the parts of all warps
+  finish<T, kMmaRows, kLanes, 1>(a, w, parts, state);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
 // The launcher.
 
 int64_t rows_of(const PagedAttentionParams& p) { return p.num_kv_heads == 0 ? 0 : p.seqlen_q * (p.num_heads / p.num_kv_heads); }
@@ -443,7 +609,20 @@ cudaError_t launch_cores(const Args& a, unsigned blocks, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch_cores(const Args& a, unsigned blocks, cudaStream_t stream) {
+cudaError_t launch_mma(const Args& a, unsigned blocks, cudaStream_t stream) {
+  const auto run = [&](void (*kernel)(Args), int lanes) { return launch(kernel, dim3(blocks), dim3(kThreads), mma_bytes(lanes), stream, a); };
+  if (a.head_dim <= 64) return run(mma_kernel<T, 8>, 8);
+  if (a.head_dim <= 128) return run(mma_kernel<T, 16>, 16);
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_mma<float>(const Args&, unsigned, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
+
+template <class T>
+cudaError_t launch_tiles(const Args& a, unsigned blocks, cudaStream_t stream) {
+  if (a.tile_rows == kMmaRows) return launch_mma<T>(a, blocks, stream);
   const int64_t chunks = a.head_dim / kVectorSize<T>;
   if (chunks <= 8) return launch_cores<T, 8>(a, blocks, stream);
   if (chunks <= 16) return launch_cores<T, 16>(a, blocks, stream);
@@ -459,7 +638,10 @@ bool are_rows_aligned(const PagedAttentionParams& p, const void* cache, int64_t 
 
 }  // namespace
 
-int32_t paged_attention_tile_rows(int64_t rows, Dtype) { return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8; }
+int32_t paged_attention_tile_rows(int64_t rows, int64_t head_dim, Dtype dtype) {
+  if (rows > 4 && head_dim <= 128 && dtype != Dtype::kFloat32) return kMmaRows;
+  return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
+}
 
 int64_t paged_attention_tiles(const PagedAttentionParams& p) {
   return p.batch * p.num_kv_heads * ((rows_of(p) + p.tile_rows - 1) / p.tile_rows);
@@ -498,9 +680,9 @@ cudaError_t paged_attention(const PagedAttentionParams& p, cudaStream_t stream) 
   a.cap = is_capped ? p.softcap * kLog2E : 0.0f;
   const unsigned blocks = static_cast<unsigned>(pairs * tiles_of_group * p.num_splits);
   switch (p.dtype) {
-    case Dtype::kFloat32: return launch_cores<float>(a, blocks, stream);
-    case Dtype::kFloat16: return launch_cores<__half>(a, blocks, stream);
-    case Dtype::kBFloat16: return launch_cores<__nv_bfloat16>(a, blocks, stream);
+    case Dtype::kFloat32: return launch_tiles<float>(a, blocks, stream);
+    case Dtype::kFloat16: return launch_tiles<__half>(a, blocks, stream);
+    case Dtype::kBFloat16: return launch_tiles<__nv_bfloat16>(a, blocks, stream);
   }
   return cudaErrorInvalidValue;
 }

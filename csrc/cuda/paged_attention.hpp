@@ -42,7 +42,7 @@ struct PagedAttentionParams {
 
 // The tile that suits `rows` = seqlen_q·num_heads / num_kv_heads of a group. Any other that the launcher takes gives the same result, but for
 // rounding: a caller who wants the same bits whatever else is in a packed batch fixes one.
-int32_t paged_attention_tile_rows(int64_t rows, Dtype dtype);
+int32_t paged_attention_tile_rows(int64_t rows, int64_t head_dim, Dtype dtype);
 
 // How many tiles a launch has: batch · num_kv_heads · ⌈rows / tile_rows⌉. The sizes above are made of it.
 int64_t paged_attention_tiles(const PagedAttentionParams& params);

@@ -140,10 +140,18 @@ struct Tally {  // of the predicates that the threads of a block came to a barri
 };
 Tally block_barrier(const char* name, bool predicate, Site site);
 
-enum class Meeting { kSync, kShuffle, kBallot, kMatch, kAdd, kMin, kMax, kMinSigned, kMaxSigned, kAnd, kOr, kXor };
+enum class Meeting { kSync, kTogether, kShuffle, kBallot, kMatch, kAdd, kMin, kMax, kMinSigned, kMaxSigned, kAnd, kOr, kXor };
 
 // What the lanes of `mask` do together; `source` is the lane that a shuffle reads from.
 uint64_t warp_meeting(Meeting kind, const char* name, unsigned mask, uint64_t value, int source, Site site);
+
+// What all lanes of a warp compute together: `compute` is called once, with the arguments of all lanes, and writes their results there.
+void warp_together(const char* name, void* argument, void (*compute)(void* const* lanes), const char* file = __builtin_FILE(),
+                   int line = __builtin_LINE());
+// The addresses that all lanes have given, which must be multiples of 16.
+void warp_addresses(const char* name, const void* mine, const void* (&all)[32], const char* file = __builtin_FILE(),
+                    int line = __builtin_LINE());
+
 int lane_of_shuffle_down(int distance, int width);
 int lane_of_shuffle_up(int distance, int width);
 int lane_of_shuffle_xor(int bits, int width);

@@ -36,8 +36,10 @@ class PagedAttentionParams(ctypes.Structure):
     ]
 
 
-def tile_rows_of(rows: int, dtype: torch.dtype) -> int:
-    """As paged_attention_tile_rows."""
+def tile_rows_of(rows: int, head_dim: int, dtype: torch.dtype) -> int:
+    """As paged_attention_tile_rows: 16 are the tensor cores'."""
+    if rows > 4 and head_dim <= 128 and dtype != F32:
+        return 16
     return next((n for n in (1, 2, 4) if rows <= n), 8)
 
 
@@ -59,7 +61,7 @@ def paged_case(
     num_pages, page_size, num_kv_heads, _ = k_cache.shape
     seqlen_q = options.get("max_seqlen_q", q.shape[0] if packed else q.shape[1])
     rows = seqlen_q * num_heads // num_kv_heads
-    tile_rows = tile_rows or tile_rows_of(rows, dtype)
+    tile_rows = tile_rows or tile_rows_of(rows, head_dim, dtype)
     tiles = batch * num_kv_heads * -(-rows // tile_rows)
     left, right = options.get("window", (None, None))
     slopes = options.get("alibi_slopes")
@@ -112,6 +114,14 @@ def value_cases() -> list[Case]:
             D = (64, 128, 96, 64)[(i + j) % 4] if dtype != F32 else (32, 64, 128, 40)[j]
             call = Call((17, 0, 90), S_q=S_q, H=H, D=D, D_v=D, dtype=dtype, page_size=(16, 1, 7, 200)[(i + j) % 4])
             cases.append(paged_case(call, splits=(1, 3)[(i + j) % 2]))
+            if D <= 128 and dtype != F32 and H == 10:
+                cases.append(paged_case(call, splits=2, tile_rows=8))
+    for dtype, D, S_q, H, page_size in ((F16, 128, 1, 16, 16), (BF16, 64, 3, 12, 5), (F16, 80, 4, 40, 1), (BF16, 128, 16, 2, 64), (F16, 8, 2, 16, 3)):
+        call = Call((17, 0, 150), S_q=S_q, H=H, D=D, D_v=D, dtype=dtype, page_size=page_size)
+        cases.append(paged_case(call, splits=3 if page_size % 2 else 1))
+    call = Call((50, 9), S_q=6, dtype=BF16, slopes=(2, 4), sinks=True, options=dict(softcap=5.0, window=(12, 2), causal=False))
+    cases.append(paged_case(call, splits=2))
+    cases.append(paged_case(Call((40, 30, 0, 9), packed=(1, 13, 2, 0), page_size=8), splits=2))
     call = Call((150,), H=1, H_kv=1, dtype=BF16)
     cases.append(paged_case(call, splits=4))
     cases.append(paged_case(Call((33, 20), H=2, H_kv=1, D=256, D_v=256), splits=2))
