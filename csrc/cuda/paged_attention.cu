@@ -444,7 +444,7 @@ __device__ __forceinline__ int swizzled(int row, int col) {
 // Scores are a product of 16 rows and a stage's keys, and the weights' product with its values follows in the same registers: what is row g,
 // keys t and t + 1 of c is the same of a. Keys and values of kLanes·8 entries, those past head_dim zeros, lie in stages of the warp's own.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, 2) mma_kernel(const Args a) {
+__global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
   constexpr int kDim = kLanes * 8, kKeys = kStageChunks / kLanes, kKeysOfCopy = kWarpSize / kLanes, kStep = kWarps * kKeys;
   const Work w(a, kMmaRows, kStep);
   if (w.is_nothing()) return;
@@ -486,9 +486,6 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(const Args a) {
     queries[swizzled<kLanes>(row, col)] = load_vector(from, is_there ? 8 : 0, is_aligned(from)).bits;
   }
   __syncthreads();  // all queries
-  uint32_t q[kDim / 16][4];
-#pragma unroll
-  for (int k = 0; k < kDim / 16; ++k) mma::load_tiles(q[k], queries + swizzled<kLanes>(lane % 16, 2 * k + lane / 16));
 
   const Row rows[2] = {Row(a, w, lane / 4), Row(a, w, lane / 4 + 8)};
   float acc[kDim / 8][4] = {};
@@ -498,13 +495,15 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(const Args a) {
     cp_async::wait<3>();  // these keys; under way are the values, and the next stage's
     __syncwarp();         // all lanes' copies
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; n += 2) {
+    for (int k = 0; k < kDim / 16; ++k) {
+      uint32_t q[4];  // loaded anew each time: they would fill 32 registers that the keys' addresses need
+      mma::load_tiles(q, queries + swizzled<kLanes>(lane % 16, 2 * k + lane / 16));
 #pragma unroll
-      for (int k = 0; k < kDim / 16; ++k) {
+      for (int n = 0; n < kKeys / 8; n += 2) {
         uint32_t both[4];  // keys 8·n and 8 more, of 16 entries
         mma::load_tiles(both, tile(stage, 0) + swizzled<kLanes>(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-        mma::multiply<T>(scores[n], q[k], {both[0], both[1]});
-        mma::multiply<T>(scores[n + 1], q[k], {both[2], both[3]});
+        mma::multiply<T>(scores[n], q, {both[0], both[1]});
+        mma::multiply<T>(scores[n + 1], q, {both[2], both[3]});
       }
     }
     __syncwarp();  // no lane reads these keys any more
