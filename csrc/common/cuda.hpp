@@ -25,9 +25,15 @@ enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 #ifndef FASTATTN_CUDA_ON_CPU
 
+inline constexpr size_t kDefaultShared = 48 << 10;  // dynamic, that a block has without being asked about
+
 // kernel<<<grid, block, shared_bytes, stream>>>(params). Errors of the launch alone: a kernel's own come with a later call.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const Params& params) {
+  if (shared_bytes > kDefaultShared) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;

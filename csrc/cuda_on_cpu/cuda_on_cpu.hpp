@@ -140,10 +140,18 @@ struct Tally {  // of the predicates that the threads of a block came to a barri
 };
 Tally block_barrier(const char* name, bool predicate, Site site);
 
-enum class Meeting { kSync, kShuffle, kBallot, kMatch, kAdd, kMin, kMax, kMinSigned, kMaxSigned, kAnd, kOr, kXor };
+enum class Meeting { kSync, kTogether, kShuffle, kBallot, kMatch, kAdd, kMin, kMax, kMinSigned, kMaxSigned, kAnd, kOr, kXor };
 
 // What the lanes of `mask` do together; `source` is the lane that a shuffle reads from.
 uint64_t warp_meeting(Meeting kind, const char* name, unsigned mask, uint64_t value, int source, Site site);
+
+// What all lanes of a warp compute together: `compute` is called once, with the arguments of all lanes, and writes their results there.
+void warp_together(const char* name, void* argument, void (*compute)(void* const* lanes), const char* file = __builtin_FILE(),
+                   int line = __builtin_LINE());
+// The addresses that all lanes have given, which must be multiples of 16.
+void warp_addresses(const char* name, const void* mine, const void* (&all)[32], const char* file = __builtin_FILE(),
+                    int line = __builtin_LINE());
+
 int lane_of_shuffle_down(int distance, int width);
 int lane_of_shuffle_up(int distance, int width);
 int lane_of_shuffle_xor(int bits, int width);
@@ -156,6 +164,7 @@ void cp_async_wait(int pending);
 
 // To the race detector, an access that no other atomic one races with.
 void note_atomic(void* address, size_t size);
+void note_fence();
 
 template <class T>
 inline constexpr char kKeyOfShared = 0;
@@ -313,10 +322,17 @@ T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> va
   return cuda_on_cpu::atomic(address, [=](T old) { return old == expected ? value : old; });
 }
 
+template <class T>
+T atomicInc(T* address, std::common_type_t<T> last) {
+  return cuda_on_cpu::atomic(address, [=](T old) { return old >= last ? T{0} : static_cast<T>(old + 1); });
+}
+inline void __threadfence() { cuda_on_cpu::note_fence(); }
+
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 inline unsigned __brev(unsigned value) {
   unsigned reversed = 0;
   for (int bit = 0; bit < 32; ++bit) reversed |= (value >> bit & 1) << (31 - bit);

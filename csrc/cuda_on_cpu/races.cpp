@@ -2,8 +2,10 @@
 // The calls come here instead of to libtsan, which must not be linked.
 //
 // Ordered are two accesses of one thread, of one block with a __syncthreads between them, of one warp with a __syncwarp between them whose
-// mask names both, and of two launches. Other blocks of the launch are never ordered. Two accesses that are not ordered, not both reads
-// and not both atomic are a race, whatever the values are. Shuffles and votes order nothing, as CUDA has it.
+// mask names both, and of two launches. Other blocks of the launch are ordered by fences alone: what a block did before a barrier, after
+// which a thread of it came to a __threadfence and then to an atomic operation, comes before what another block does after a later atomic
+// operation on the same place, a __threadfence of the same thread and a barrier. Two accesses that are not ordered, not both reads and not
+// both atomic are a race, whatever the values are. Shuffles and votes order nothing, as CUDA has it.
 
 #include "races.hpp"
 
@@ -17,6 +19,7 @@
 #include <new>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("hidden")))
 
@@ -48,11 +51,30 @@ struct Record {
   bool holds_nothing;
 };
 
+// What a block did in stretches [first, limit).
+struct Past {
+  uint32_t first, limit;
+};
+
+// A past that the running block knows in the stretches after `since`.
+struct Known {
+  Past past;
+  uint32_t since;
+};
+
+struct Fences {  // of a thread
+  uint32_t newest = 0;      // the stretch that its last one was in; 0: none
+  std::vector<Past> heard;  // by its atomic operations since
+};
+
 using Page = std::array<Record, kPage / kGranule>;
 
 struct Detector {
   uint32_t stamp = 0, block_stamp = 0, launch_stamp = 0;  // now; of the block's and the launch's first stretch
   std::array<std::array<std::array<uint16_t, kLanes>, kLanes>, kLanes> clocks;  // [warp][lane][other]: what a lane knows of the others
+  std::unordered_map<const void*, std::vector<Past>> published;  // in this launch, by the place of an atomic operation
+  std::vector<Known> known;                                      // to the running block
+  std::array<Fences, kLanes * kLanes> fences;
   std::unordered_map<uintptr_t, Page*> pages;
   uintptr_t newest_number = ~uintptr_t{0};
   Page* newest = nullptr;
@@ -109,13 +131,33 @@ std::string thread_text(int thread) {
            .c_str());
 }
 
+// Whether an access of another block comes before what happens now.
+bool is_known(const Access& a) {
+  const Detector& d = detector();
+  return std::any_of(d.known.begin(), d.known.end(), [&](const Known& known) {
+    return known.since < d.stamp && known.past.first <= a.stamp && a.stamp < known.past.limit;
+  });
+}
+
+// An atomic operation hears what others have published there, and publishes what its thread had to tell at its last fence.
+void exchange_pasts(const void* address, int thread) {
+  Detector& d = detector();
+  Fences& fences = d.fences[thread];
+  std::vector<Past>& published = d.published[address];
+  fences.heard.insert(fences.heard.end(), published.begin(), published.end());
+  if (fences.newest == 0) return;
+  published.push_back({d.block_stamp, fences.newest});
+  for (const Known& known : d.known)
+    if (known.since < fences.newest) published.push_back(known.past);
+}
+
 void check(const History& history, Kind earlier, const Access& now, Kind kind, const void* address) {
   const Detector& d = detector();
   const auto in_launch = [&](const Access& a) { return a.stamp != 0 && a.stamp >= d.launch_stamp; };
-  if (in_launch(history.other_block)) report("blocks", address, now, kind, history.other_block, earlier);
+  if (in_launch(history.other_block) && !is_known(history.other_block)) report("blocks", address, now, kind, history.other_block, earlier);
   const Access& last = history.last;
   if (!in_launch(last)) return;
-  if (last.stamp < d.block_stamp) report("blocks", address, now, kind, last, earlier);
+  if (last.stamp < d.block_stamp && !is_known(last)) report("blocks", address, now, kind, last, earlier);
   if (last.stamp != d.stamp) return;  // a barrier since
   if (last.warp() != now.warp()) report("warps", address, now, kind, last, earlier);
   if (history.other_warp.stamp != 0) report("warps", address, now, kind, history.other_warp, earlier);
@@ -145,11 +187,14 @@ void note(History& history, const Access& now) {
 void launch_begins() {
   Detector& d = detector();
   d.launch_stamp = ++d.stamp;
+  d.published.clear();
 }
 
 void block_begins() {
   Detector& d = detector();
   d.block_stamp = ++d.stamp;
+  d.known.clear();
+  d.fences.fill({});
   for (auto& warp : d.clocks)
     for (int lane = 0; lane < kLanes; ++lane) {
       warp[lane].fill(0);
@@ -158,6 +203,14 @@ void block_begins() {
 }
 
 void block_barrier() { ++detector().stamp; }
+
+void fence() {
+  Detector& d = detector();
+  Fences& fences = d.fences[cuda_on_cpu::running().thread];
+  for (const Past& past : fences.heard) d.known.push_back({past, d.stamp});
+  fences.heard.clear();
+  fences.newest = d.stamp;
+}
 
 void warp_sync(int warp, unsigned mask) {
   auto& clocks = detector().clocks[warp];
@@ -192,6 +245,7 @@ void access(const void* address, size_t size, Kind kind, const void* pc) {
   if (!running.any || is_stack(first)) return;
   Detector& d = detector();
   const auto thread = static_cast<uint16_t>(running.thread);
+  if (kind == Kind::kAtomic) exchange_pasts(address, thread);
   const Access now = {d.stamp, thread, d.clocks[thread / kLanes][thread % kLanes][thread % kLanes], pc};
   for (uintptr_t at = first & ~(kGranule - 1); at < first + size; at += kGranule) {
     const void* where = reinterpret_cast<const void*>(at);

@@ -30,6 +30,7 @@ void warp_sync(int warp, unsigned mask);               // the same between the m
 void shared_allocated(const void* address, size_t size);  // holds nothing yet
 void shared_freed(const void* address, size_t size);
 void access(const void* address, size_t size, Kind kind, const void* pc);
+void fence();
 #else
 inline void launch_begins() {}
 inline void block_begins() {}
@@ -38,6 +39,7 @@ inline void warp_sync(int, unsigned) {}
 inline void shared_allocated(const void*, size_t) {}
 inline void shared_freed(const void*, size_t) {}
 inline void access(const void*, size_t, Kind, const void*) {}
+inline void fence() {}
 #endif
 
 }  // namespace races

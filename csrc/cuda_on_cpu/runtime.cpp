@@ -124,6 +124,7 @@ struct Thread {
   Meeting meeting;
   unsigned mask;
   uint64_t value, result;
+  void (*compute)(void* const*);
   int source;
   bool predicate;
   std::vector<std::vector<Copy>> copies;  // groups, oldest first; the last one is open
@@ -460,8 +461,13 @@ void resolve(Meeting kind, Thread* warp, unsigned mask) {
       case Meeting::kAnd: total = sum & value; break;
       case Meeting::kOr: total = sum | value; break;
       case Meeting::kXor: total = sum ^ value; break;
-      case Meeting::kSync: case Meeting::kShuffle: case Meeting::kMatch: break;
+      case Meeting::kSync: case Meeting::kTogether: case Meeting::kShuffle: case Meeting::kMatch: break;
     }
+  }
+  if (kind == Meeting::kTogether) {
+    void* arguments[kLanes];
+    for (unsigned lane = 0; lane < kLanes; ++lane) arguments[lane] = reinterpret_cast<void*>(warp[lane].value);
+    warp[0].compute(arguments);
   }
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
@@ -517,6 +523,26 @@ uint64_t warp_meeting(Meeting kind, const char* name, unsigned mask, uint64_t va
   resolve(kind, warp, mask);
   if (kind == Meeting::kSync) races::warp_sync(static_cast<int>(first / kLanes), mask);
   return thread.result;
+}
+
+void warp_together(const char* name, void* argument, void (*compute)(void* const*), const char* file, int line) {
+  runtime().me().compute = compute;
+  warp_meeting(Meeting::kTogether, name, 0xffffffff, reinterpret_cast<uint64_t>(argument), 0, {file, line});
+}
+
+void warp_addresses(const char* name, const void* mine, const void* (&all)[kLanes], const char* file, int line) {
+  struct Addresses {
+    const void* mine;
+    const void** all;
+  } addresses = {mine, all};
+  if (reinterpret_cast<uintptr_t>(mine) % 16 != 0)
+    fail_here(std::string(name) + " at " + text_of(Site{file, line}) + ": an address is not at a multiple of 16");
+  const auto gather = [](void* const* lanes) {
+    for (unsigned lane = 0; lane < kLanes; ++lane)
+      for (unsigned other = 0; other < kLanes; ++other)
+        static_cast<const Addresses*>(lanes[lane])->all[other] = static_cast<const Addresses*>(lanes[other])->mine;
+  };
+  warp_together(name, &addresses, gather, file, line);
 }
 
 namespace {
@@ -597,5 +623,6 @@ void cp_async_wait(int pending) {
 }
 
 void note_atomic(void* address, size_t size) { races::access(address, size, races::Kind::kAtomic, __builtin_return_address(0)); }
+void note_fence() { races::fence(); }
 
 }  // namespace cuda_on_cpu

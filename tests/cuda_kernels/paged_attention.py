@@ -1,0 +1,253 @@
+"""csrc/cuda/paged_attention.cu: the cases that every build is held to, small enough for the slowest, and the faults that they must see."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from cuda_on_cpu import BF16, BLOCKS, CRASH, DTYPES, F16, F32, NAN, NOTHING, OUTSIDE, REDUCE, THREADS, WARPS, WRONG, Buffer, Case, Fault, nothing
+from paged_cases import NOWHERE
+from paged_cases import Case as Call
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.testing.budget import check_budget
+
+SOURCE = "cuda/paged_attention.cu"
+NO_BOUND = 2**63 - 1
+POINTERS = (
+    "q", "k_cache", "v_cache", "page_table", "seqlens_k", "cu_seqlens_q", "leftpad", "alibi_slopes", "sinks", "k_scale", "v_scale", "out", "lse",
+    "partial_out", "partial_lse", "counters",
+)  # fmt: skip
+SIZES = (
+    "batch", "seqlen_q", "total_q", "num_heads", "num_kv_heads", "head_dim", "num_pages", "page_size", "max_pages", "stride_qb", "stride_qs",
+    "stride_qh", "stride_kp", "stride_ks", "stride_kh", "stride_vp", "stride_vs", "stride_vh", "stride_table", "stride_slopes", "window_left",
+    "window_right",
+)  # fmt: skip
+
+
+class PagedAttentionParams(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in POINTERS),
+        *((name, c_int64) for name in SIZES),
+        *((name, c_float) for name in ("softmax_scale", "softcap")),
+        *((name, c_int32) for name in ("dtype", "num_splits", "tile_rows")),
+    ]
+
+
+def tile_rows_of(rows: int, head_dim: int, dtype: torch.dtype) -> int:
+    """As paged_attention_tile_rows: 16 are the tensor cores'."""
+    if rows > 4 and head_dim <= 128 and dtype != F32:
+        return 16
+    return next((n for n in (1, 2, 4) if rows <= n), 8)
+
+
+def paged_case(
+    call: Call, *, name: str = "", tensors: list[Tensor] | None = None, splits: int = 1, tile_rows: int = 0, options: dict | None = None,
+    truth: list[Tensor] | None = None, leads: dict[str, int] | None = None, sparse: dict[str, int] | None = None, answer: str = "",
+    **fields: int,
+) -> Case:  # fmt: skip
+    """A launch of what `call` draws, or of `tensors` in their place: q, both caches, page table, lengths. truth: those that the oracle is given
+    where the kernel's are hostile. leads: bytes before a buffer that a multiple of 16 has; sparse: elements from page to page of a cache.
+    fields: of the params, over what they should be."""
+    torch.manual_seed(sum(map(ord, str(call))))
+    drawn, drawn_options = call.arguments()
+    q, k_cache, v_cache, table, lengths = tensors or drawn
+    options = dict(drawn_options if options is None else options)
+    packed, dtype = "cu_seqlens_q" in options, q.dtype
+    batch, total = len(table), q.shape[0] if packed else q.shape[0] * q.shape[1]
+    num_heads, head_dim = q.shape[-2:]
+    num_pages, page_size, num_kv_heads, _ = k_cache.shape
+    seqlen_q = options.get("max_seqlen_q", q.shape[0] if packed else q.shape[1])
+    rows = seqlen_q * num_heads // num_kv_heads
+    tile_rows = tile_rows or tile_rows_of(rows, head_dim, dtype)
+    tiles = batch * num_kv_heads * -(-rows // tile_rows)
+    left, right = options.get("window", (None, None))
+    slopes = options.get("alibi_slopes")
+    strides = dict(zip(("stride_kp", "stride_ks", "stride_kh"), k_cache.stride()), stride_qh=q.stride(-2), stride_qs=q.stride(-3))
+    strides |= dict(zip(("stride_vp", "stride_vs", "stride_vh"), v_cache.stride()), stride_qb=0 if packed else q.stride(0))
+    sparse = sparse or {}
+    strides |= {"stride_kp": sparse[name] for name in sparse if name == "k_cache"} | {"stride_vp": sparse[name] for name in sparse if name == "v_cache"}
+    values = dict(
+        batch=batch, seqlen_q=seqlen_q, total_q=total, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        num_pages=num_pages, page_size=page_size, max_pages=table.shape[1], stride_table=table.stride(0),
+        stride_slopes=slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        window_left=NO_BOUND if left is None else left,
+        window_right=0 if options.get("causal", True) else NO_BOUND if right is None else right,
+        softmax_scale=options.get("softmax_scale", head_dim**-0.5), softcap=options.get("softcap", 0.0), dtype=DTYPES[dtype],
+        num_splits=splits, tile_rows=tile_rows, **strides,
+    )  # fmt: skip
+    params = PagedAttentionParams(**(values | fields))
+
+    # Packed, rows of no sequence are the caller's to fill.
+    out = torch.zeros(q.shape, dtype=dtype) if packed else nothing(*q.shape, dtype=dtype)
+    lse = torch.full((num_heads, total), -torch.inf) if packed else nothing(batch, num_heads, seqlen_q)
+    read = dict(q=q, k_cache=k_cache, v_cache=v_cache, page_table=table, seqlens_k=lengths)
+    read |= {key: options[key] for key in ("cu_seqlens_q", "alibi_slopes", "sinks", "k_scale", "v_scale") if key in options}
+    buffers = [Buffer(t, (key,), False, sparse=sparse.get(key, 0) * t.element_size()) for key, t in read.items()]
+    written = dict(out=out, lse=lse)
+    if splits > 1:
+        work = splits, tile_rows
+        written |= dict(partial_out=nothing(tiles, *work, head_dim), partial_lse=nothing(tiles, *work), counters=torch.zeros(tiles, dtype=torch.int32))
+    buffers += [Buffer(t, (key,), True) for key, t in written.items()]
+    for buffer in buffers:
+        buffer.lead = (leads or {}).get(buffer.fields[0], 0)
+    name = name or f"{call} splits {splits} tile {tile_rows}"
+
+    def judge(out: Tensor, lse: Tensor, counters: Tensor | None = None, **_: Tensor) -> None:
+        assert counters is None or not counters.any(), f"{name}: a counter is not 0 again"
+        (given, *rest), known = truth or (q, k_cache, v_cache, table, lengths), {key: t for key, t in options.items() if key != "max_seqlen_q"}
+        ref64 = reference.paged_attention(given.double(), *rest, **known, return_lse=True)
+        naive = reference.paged_attention(given, *rest, **known, return_lse=True)
+        for what, got, plain, exact in zip(("out", "lse"), (out, lse), naive, ref64, strict=True):
+            check_budget(f"{name} {what}", got, plain, exact)
+
+    return Case(name, "paged_attention", params, buffers, judge, answer)
+
+
+def value_cases() -> list[Case]:
+    """Each tile of each dtype, a row's lanes full and not, pages of one row, ragged and larger than all, splits without keys, every option."""
+    cases = []
+    for i, dtype in enumerate((F16, BF16, F32)):
+        for j, (H, S_q) in enumerate(((2, 1), (4, 1), (4, 2), (10, 1))):  # rows of a group: 1, 2, 4, 5
+            D = (64, 128, 96, 64)[(i + j) % 4] if dtype != F32 else (32, 64, 128, 40)[j]
+            call = Call((17, 0, 90), S_q=S_q, H=H, D=D, D_v=D, dtype=dtype, page_size=(16, 1, 7, 200)[(i + j) % 4])
+            cases.append(paged_case(call, splits=(1, 3)[(i + j) % 2]))
+            if D <= 128 and dtype != F32 and H == 10:
+                cases.append(paged_case(call, splits=2, tile_rows=8))
+    for dtype, D, S_q, H, page_size in ((F16, 128, 1, 16, 16), (BF16, 64, 3, 12, 5), (F16, 80, 4, 40, 1), (BF16, 128, 16, 2, 64), (F16, 8, 2, 16, 3)):
+        call = Call((17, 0, 150), S_q=S_q, H=H, D=D, D_v=D, dtype=dtype, page_size=page_size)
+        cases.append(paged_case(call, splits=3 if page_size % 2 else 1))
+    call = Call((50, 9), S_q=6, dtype=BF16, slopes=(2, 4), sinks=True, options=dict(softcap=5.0, window=(12, 2), causal=False))
+    cases.append(paged_case(call, splits=2))
+    cases.append(paged_case(Call((40, 30, 0, 9), packed=(1, 13, 2, 0), page_size=8), splits=2))
+    call = Call((150,), H=1, H_kv=1, dtype=BF16)
+    cases.append(paged_case(call, splits=4))
+    cases.append(paged_case(Call((33, 20), H=2, H_kv=1, D=256, D_v=256), splits=2))
+    cases.append(paged_case(Call((60,), H=3, H_kv=1, S_q=5, dtype=F32), splits=2))  # two tiles, the second with 7 rows
+    cases.append(paged_case(Call((3,), S_q=6, H=2, H_kv=1), splits=2))  # queries that see no key
+    cases.append(paged_case(Call((40, 30, 0, 9), packed=(1, 3, 2, 0), page_size=8), splits=2))
+    cases.append(paged_case(Call((40, 30), packed=(1, 3), dtype=F32), splits=1, tile_rows=4))
+    window = dict(window=(20, None))
+    cases.append(paged_case(Call((90, 10), options=window), splits=2))
+    cases.append(paged_case(Call((90, 10), S_q=4, options=dict(window=(9, 5), causal=False), dtype=F32), splits=3))
+    cases.append(paged_case(Call((50,), S_q=4, options=dict(causal=False))))
+    cases.append(paged_case(Call((50,), S_q=4, options=dict(window=(0, 0)))))
+    cases.append(paged_case(Call((50, 70), S_q=2, slopes=(2, 4), dtype=F32, options=dict(softcap=5.0), sinks=True), splits=2))
+    cases.append(paged_case(Call((50, 0), slopes=(4,), sinks=True, dtype=BF16), splits=1))
+    cases.append(paged_case(Call((50, 0), sinks=True), splits=3))
+    cases.append(paged_case(Call((30,), S_q=2, dtype=F32, options=dict(k_scale=torch.tensor([0.5, 2.0]), v_scale=torch.tensor([3.0, -1.0])))))
+    cases.append(paged_case(Call((30,), S_q=2, options=dict(softmax_scale=-0.2))))
+    cases.append(paged_case(Call((30,), S_q=2, dtype=F32, options=dict(softmax_scale=0.0))))
+    return cases
+
+
+def drawn(call: Call) -> tuple[list[Tensor], dict]:
+    torch.manual_seed(sum(map(ord, str(call))))
+    return call.arguments()
+
+
+def layout_cases() -> list[Case]:
+    """Strides with gaps, keys and values in one tensor, pointers at other places than multiples of 16."""
+    cases = []
+    call = Call((60, 20), S_q=2, dtype=F16, page_size=8)
+    (q, k, v, table, lengths), options = drawn(call)
+    both = torch.full((*k.shape[:3], 2, 80), NAN, dtype=k.dtype)
+    both[..., 0, :64], both[..., 1, :64] = k, v
+    wide = nothing(*q.shape, dtype=q.dtype, gap=3).transpose(1, 2).contiguous().transpose(1, 2)[..., :64]
+    wide.copy_(q)
+    tensors = [wide, both[..., 0, :64], both[..., 1, :64], torch.cat([table, torch.full_like(table, NOWHERE)], 1)[:, : table.shape[1]], lengths]
+    cases.append(paged_case(call, name="strides with gaps", tensors=tensors, splits=2))
+    for lead in (2, 8):
+        cases.append(paged_case(call, name=f"q and out {lead} bytes off", leads=dict(q=lead, out=lead), splits=2))
+    for name in ("k_cache", "v_cache"):
+        cases.append(paged_case(call, name=f"{name} 8 bytes off", leads={name: 8}, answer="^cudaError 1$"))
+    cases.append(paged_case(call, name="partial_out 8 bytes off", leads=dict(partial_out=8), splits=2, answer="^cudaError 1$"))
+    wrong = dict(
+        stride_ks=129, stride_vp=1028, stride_kh=68, dtype=7, tile_rows=3, num_splits=0, page_size=0, head_dim=60, num_kv_heads=3, batch=-1, seqlen_q=2**30,
+    )  # fmt: skip
+    for name, value in wrong.items():
+        cases.append(paged_case(call, name=f"{name} = {value}", answer="^cudaError 1$", **{name: value}))
+    cases.append(paged_case(call, name="257 splits", answer="^cudaError 1$", num_splits=257))
+    cases.append(paged_case(call, name="no memory for two splits", answer="^cudaError 1$", num_splits=2))
+    untouched = dict(judge=None)
+    for name in ("batch", "seqlen_q"):
+        case = paged_case(call, name=f"{name} = 0", **{name: 0})
+        case.judge = lambda out, lse: None if bool(out.isnan().all() and lse.isnan().all()) else untouched["judge"]
+        cases.append(case)
+    return cases
+
+
+def hostile_cases() -> list[Case]:
+    """What users' index tensors may hold, and numbers that are none."""
+    cases = []
+    call = Call((40, 33), S_q=2, page_size=4, dtype=F32)
+    (q, k, v, table, lengths), _ = drawn(call)
+    # Keys of a page that is none are masked: as if those keys were not there, for a query that sees all others.
+    for page in (-1, -(2**31), len(k), 2**31 - 1):
+        bad, shorter = table.clone(), table.clone()
+        bad[0, 4] = page
+        shorter[0, 4:-1] = table[0, 5:]
+        tensors, truth = [q, k, v, bad, lengths], [q, k, v, shorter, lengths - torch.tensor([4, 0], dtype=torch.int32)]
+        cases.append(paged_case(call, name=f"page {page}", tensors=tensors, truth=truth, splits=2))
+    none = torch.full_like(table, -5)
+    cases.append(paged_case(call, name="no page at all", tensors=[q, k, v, none, lengths], truth=[q, k, v, table, lengths * 0], splits=2))
+    pages = -(-40 // 4)
+    full = table[:, :pages].clone()
+    full[1, 9] = 0  # any page: its rows are read
+    k, v = k.nan_to_num(0.5), v.nan_to_num(0.25)
+    for low, high in ((-1, 41), (-(2**31), 2**31 - 1)):
+        given = torch.tensor([high, low], dtype=torch.int32)
+        truth = [q, k, v, full, torch.tensor([40, 0], dtype=torch.int32)]
+        cases.append(paged_case(call, name=f"lengths {low} and {high}", tensors=[q, k, v, full, given], truth=truth, splits=2))
+    no_pages = [q, k[:0], v[:0], full, lengths]
+    cases.append(paged_case(call, name="a cache without pages", tensors=no_pages, truth=[q, k, v, full, lengths * 0]))
+    cases.append(paged_case(call, name="a table without entries", tensors=[q, k, v, full[:, :0], lengths], truth=[q, k, v, full, lengths * 0]))
+
+    for name, place, value in (("key", 1, NAN), ("value", 2, NAN), ("value", 2, float("inf"))):
+        tensors = [t.clone() for t in (q, k, v, full, lengths)]
+        tensors[place][full[0, 3], 2, 0, 5] = value
+        cases.append(paged_case(call, name=f"a {name} of {value}", tensors=tensors, splits=2))
+    packed = Call((20, 20), packed=(2, 3), dtype=F32)
+    (q, *rest), options = drawn(packed)
+    for starts in ((0, -1, 5), (7, 3, 2), (-(2**31), 2**31 - 1, 0), (2**31 - 1, 2**31 - 1, -4)):
+        options = dict(options, cu_seqlens_q=torch.tensor(starts, dtype=torch.int32))
+        case = paged_case(packed, name=f"cu_seqlens_q {starts}", tensors=[q, *rest], options=options, splits=2)
+        case.judge = lambda **_: None  # no answer is right, but nothing outside is touched
+        cases.append(case)
+    return cases
+
+
+def leftpad_case() -> Case:
+    """The first places of a sequence hold nothing: NaN, of pages that are none."""
+    call = Call((30, 21), S_q=2, page_size=4)
+    (q, k, v, table, lengths), _ = drawn(call)
+    pad = torch.tensor([6, 0], dtype=torch.int32)
+    plain = paged_case(call, name="leftpad", splits=2)
+    k, v, shifted, lengths = k.clone(), v.clone(), table.clone(), lengths.clone()
+    keys = [t[table[0].clamp(0, len(t) - 1).long()].flatten(0, 1)[6:30].clone() for t in (k, v)]
+    for t, kept in zip((k, v), keys):
+        for j in range(24):
+            t[table[0, j // 4], j % 4] = kept[j]
+    truth = [q, k, v, table, lengths - pad]
+    given = paged_case(call, name="leftpad", truth=truth, splits=2)
+    given.buffers = [b for b in plain.buffers]
+    shifted[0, 0] = -9
+    for buffer in given.buffers:
+        if buffer.fields == ("page_table",):
+            buffer.tensor = shifted
+    given.buffers.append(Buffer(pad, ("leftpad",), False))
+    return given
+
+
+def far_case() -> Case:
+    """Pages 2^30 elements apart: five of them wrap an index of 32 bits, signed or not. The memory between is never touched."""
+    call = Call((20,), H=2, H_kv=1, page_size=4, D=64)
+    (q, k, v, table, lengths), _ = drawn(call)
+    return paged_case(call, name="pages 2^30 apart", sparse=dict(k_cache=2**30, v_cache=2**30), splits=2)
+
+
+CASES = [*value_cases(), *layout_cases(), *hostile_cases(), leftpad_case()]
+FAR = [far_case()]
+FAULTS: list[Fault] = []
