@@ -3,8 +3,11 @@
 //
 // With FASTATTN_CUDA_ON_CPU they are operators of CPU tensors, on kernels that run there: for tests.
 
+#include <cstring>
+
 #include "../common/tensors.hpp"
 #include "norm.hpp"
+#include "paged_attention.hpp"
 
 namespace fastattn {
 namespace {
@@ -18,6 +21,8 @@ class Device {
     return fastattn::empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
   }
   cudaStream_t stream() const { return nullptr; }
+  int num_multiprocessors() const { return 8; }
+  void clear(void* memory, size_t bytes) const { std::memset(memory, 0, bytes); }
 #else
   explicit Device(const Tensor& t) : index_(t.get_device()) {
     cudaGetDevice(&before_);
@@ -34,6 +39,12 @@ class Device {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
+  int num_multiprocessors() const {
+    int count = 1;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_);
+    return count;
+  }
+  void clear(void* memory, size_t bytes) const { cudaMemsetAsync(memory, 0, bytes, stream()); }
 
  private:
   int index_, before_;
@@ -121,12 +132,70 @@ std::tuple<Tensor, Tensor, Tensor> norm_fwd_cuda(
   return {y, h, stats};
 }
 
+// out and lse as fastattn::paged_attention, whose checks it counts on. All small tensors contiguous, slopes, sinks and scales fp32.
+std::tuple<Tensor, Tensor> paged_attention_cuda(
+    Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seqlens_k, std::optional<Tensor> cu_seqlens_q,
+    std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
+    std::optional<Tensor> leftpad, int64_t max_seqlen_q, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    double softmax_scale, double softcap, int64_t num_splits) {
+  constexpr char kOp[] = "paged_attention_cuda";
+  const Device device(q);
+  const bool packed = cu_seqlens_q.has_value();
+  const int64_t dim = q.dim();
+  STD_TORCH_CHECK(q.stride(dim - 1) == 1 && k_cache.stride(3) == 1 && v_cache.stride(3) == 1, kOp, ": last dims must be contiguous");
+  STD_TORCH_CHECK(k_cache.scalar_type() == q.scalar_type() && v_cache.scalar_type() == q.scalar_type() &&
+                      k_cache.size(3) == q.size(dim - 1) && v_cache.size(3) == q.size(dim - 1),
+                  kOp, ": q, k_cache and v_cache must have one dtype and head_dim");
+  PagedAttentionParams p = {};
+  p.q = q.data_ptr(), p.k_cache = k_cache.data_ptr(), p.v_cache = v_cache.data_ptr();
+  p.page_table = static_cast<const int32_t*>(page_table.data_ptr()), p.seqlens_k = static_cast<const int32_t*>(seqlens_k.data_ptr());
+  p.cu_seqlens_q = values_of<int32_t>(cu_seqlens_q), p.leftpad = values_of<int32_t>(leftpad);
+  p.alibi_slopes = values_of<float>(alibi_slopes), p.sinks = values_of<float>(sinks);
+  p.k_scale = values_of<float>(k_scale), p.v_scale = values_of<float>(v_scale);
+  p.batch = page_table.size(0), p.max_pages = page_table.size(1), p.stride_table = page_table.stride(0);
+  p.num_heads = q.size(dim - 2), p.head_dim = q.size(dim - 1), p.num_kv_heads = k_cache.size(2);
+  p.num_pages = k_cache.size(0), p.page_size = k_cache.size(1);
+  p.total_q = packed ? q.size(0) : p.batch * max_seqlen_q;
+  p.seqlen_q = packed ? std::min(max_seqlen_q, p.total_q) : max_seqlen_q;
+  p.stride_qb = packed ? 0 : q.stride(0), p.stride_qs = q.stride(dim - 3), p.stride_qh = q.stride(dim - 2);
+  p.stride_kp = k_cache.stride(0), p.stride_ks = k_cache.stride(1), p.stride_kh = k_cache.stride(2);
+  p.stride_vp = v_cache.stride(0), p.stride_vs = v_cache.stride(1), p.stride_vh = v_cache.stride(2);
+  p.stride_slopes = alibi_slopes && alibi_slopes->dim() == 2 ? p.num_heads : 0;
+  p.window_left = window_left.value_or(kNoBound), p.window_right = window_right.value_or(kNoBound);
+  p.softmax_scale = float(softmax_scale), p.softcap = float(softcap), p.dtype = dtype_of(q, kOp);
+  // A fixed split promises a sequence the same bits in any company: packed, that may have more queries than it has itself.
+  const int64_t rows = packed && num_splits > 0 ? INT32_MAX : p.seqlen_q * (p.num_heads / std::max<int64_t>(p.num_kv_heads, 1));
+  p.tile_rows = paged_attention_tile_rows(rows, p.head_dim, p.dtype);
+  p.num_splits = num_splits > 0 ? int32_t(num_splits) : paged_attention_num_splits(p, device.num_multiprocessors());
+
+  const Tensor out = device.empty(q.sizes(), q.scalar_type());
+  const Tensor lse = packed ? device.empty({p.num_heads, p.total_q}, ScalarType::Float)
+                            : device.empty({p.batch, p.num_heads, max_seqlen_q}, ScalarType::Float);
+  p.out = out.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
+  if (packed) {  // rows of no sequence, which nobody writes
+    device.clear(p.out, out.numel() * out.element_size());
+    torch::stable::fill_(const_cast<Tensor&>(lse), -INFINITY);
+  }
+  std::optional<Tensor> memory;
+  if (p.num_splits > 1) {
+    const int64_t tiles = paged_attention_tiles(p), partial_rows = tiles * p.num_splits * p.tile_rows;
+    memory = device.empty({partial_rows * (p.head_dim + 1) + tiles}, ScalarType::Float);
+    p.partial_out = static_cast<float*>(memory->data_ptr());
+    p.partial_lse = p.partial_out + partial_rows * p.head_dim;
+    p.counters = reinterpret_cast<uint32_t*>(p.partial_lse + partial_rows);
+    device.clear(p.counters, tiles * sizeof(uint32_t));
+  }
+  check(paged_attention(p, device.stream()), kOp);
+  return {out, lse};
+}
+
 #ifdef FASTATTN_CUDA_ON_CPU
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
 #endif
   m.impl("norm_fwd_cuda", TORCH_BOX(&norm_fwd_cuda));
+  m.impl("paged_attention_cuda", TORCH_BOX(&paged_attention_cuda));
 }
 
 }  // namespace

@@ -646,6 +646,28 @@ int64_t paged_attention_tiles(const PagedAttentionParams& p) {
   return p.batch * p.num_kv_heads * ((rows_of(p) + p.tile_rows - 1) / p.tile_rows);
 }
 
+int32_t paged_attention_num_splits(const PagedAttentionParams& p, int num_multiprocessors) {
+  constexpr int64_t kMinSteps = 4;  // of a split: below that its start and its share of the merge cost more than it saves
+  const int64_t chunks = (p.head_dim * (p.dtype == Dtype::kFloat32 ? 4 : 2) + 15) / 16;
+  const int64_t lanes = chunks <= 8 ? 8 : chunks <= 16 ? 16 : 32;
+  const bool is_mma = p.tile_rows == kMmaRows;
+  const int64_t step = kWarps * (is_mma ? kStageChunks : kPasses * kWarpSize) / lanes;
+  const int64_t resident = is_mma ? 3 : p.tile_rows < 4 ? 4 : p.tile_rows == 4 ? 3 : 2;  // of the kernels' __launch_bounds__
+  const int64_t slots = num_multiprocessors * resident, tiles = paged_attention_tiles(p);
+  const int64_t capacity = p.page_size > 0 && p.max_pages > kPagedMaxKeys / p.page_size ? kPagedMaxKeys : p.max_pages * p.page_size;
+  const int64_t most = capacity / (step * kMinSteps) < kPagedMaxSplits ? capacity / (step * kMinSteps) : kPagedMaxSplits;
+  // Blocks run in waves of `slots`, and a last wave that is not full takes as long as one that is.
+  const auto share_busy = [&](int64_t splits) {
+    const double waves = static_cast<double>(tiles * splits) / static_cast<double>(slots);
+    return waves / static_cast<double>((tiles * splits + slots - 1) / slots);
+  };
+  double best = 0.0;
+  for (int64_t n = 1; n <= most; ++n) best = share_busy(n) > best ? share_busy(n) : best;
+  for (int64_t n = 1; n <= most; ++n)
+    if (share_busy(n) >= 0.85 * best) return static_cast<int32_t>(n);
+  return 1;
+}
+
 cudaError_t paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {
   for (const int64_t size : {p.batch, p.seqlen_q, p.total_q, p.num_heads, p.num_kv_heads, p.num_pages, p.max_pages})
     if (size < 0) return cudaErrorInvalidValue;

@@ -47,6 +47,10 @@ int32_t paged_attention_tile_rows(int64_t rows, int64_t head_dim, Dtype dtype);
 // How many tiles a launch has: batch · num_kv_heads · ⌈rows / tile_rows⌉. The sizes above are made of it.
 int64_t paged_attention_tiles(const PagedAttentionParams& params);
 
+// How many ways to split the keys of a launch's tiles on a part of so many multiprocessors: the fewest that keep it nearly as busy as the best
+// count would. Lengths are on the GPU and play no part, so that a captured graph stays right as they grow. No more than kPagedMaxSplits.
+int32_t paged_attention_num_splits(const PagedAttentionParams& params, int num_multiprocessors);
+
 // Asynchronous on the stream. cudaErrorInvalidValue: what this kernel does not do (README.md of csrc says which).
 cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 

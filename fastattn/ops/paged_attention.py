@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.cpu import paged_attention as cpu
+from fastattn.cuda import paged_attention as cuda
 
 from . import checks
 from .attention import visible_pairs, with_contiguous_cols
-from .dispatch import checks_values, describe, log, runs_kernels
+from .dispatch import checks_values, chooses_cuda, describe, log, runs_kernels
 from .merge_attention import merge_attention
 from .operator import apply, define, differentiable, operators
 
@@ -23,13 +25,8 @@ MAX_SPLITS, MAX_KEYS = 256, 2**30
 
 def _paged_attention(
     q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad, max_seqlen_q,
-    window_left, window_right, softmax_scale, softcap, num_splits,
+    window_left, window_right, softmax_scale, softcap, num_splits, backend=None,
 ):  # fmt: skip
-    if log.isEnabledFor(logging.INFO):
-        log.info(
-            "paged_attention: q %s k_cache %s page_table %s max_seqlen_q=%d num_splits=%d",
-            *map(describe, (q, k_cache, page_table)), max_seqlen_q, num_splits,
-        )  # fmt: skip
     if checks_values(q):
         index = dict(cu_seqlens_q=cu_seqlens_q, leftpad=leftpad, max_seqlen_q=max_seqlen_q, window_left=window_left)
         check_paged_values(OP, q, k_cache, page_table, seqlens_k, **index)
@@ -37,11 +34,20 @@ def _paged_attention(
     small = seqlens_k, cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad
     small = (None if t is None else t.contiguous() for t in small)
     inputs = q, k_cache, v_cache, page_table, *small, max_seqlen_q, window_left, window_right, softmax_scale, softcap, num_splits
-    if runs_kernels(q):
+    if not runs_kernels(q):
+        paged_attention = cpu.paged_attention
+    elif chooses_cuda(
+        OP, backend, cuda.limit(q, k_cache, v_cache), cuda.is_chosen(q, k_cache, cu_seqlens_q, max_seqlen_q, num_splits)
+    ):
+        paged_attention = cuda.paged_attention
+    else:
         from fastattn.kernels.paged_attention import paged_attention  # here, so that `import fastattn` needs no Triton
-
-        return paged_attention(*inputs)
-    return cpu.paged_attention(*inputs)
+    if log.isEnabledFor(logging.INFO):
+        log.info(
+            "paged_attention: q %s k_cache %s page_table %s max_seqlen_q=%d num_splits=%d, by %s",
+            *map(describe, (q, k_cache, page_table)), max_seqlen_q, num_splits, paged_attention.__module__,
+        )  # fmt: skip
+    return paged_attention(*inputs)
 
 
 def _paged_attention_fake(q, k_cache, v_cache, page_table, *rest):
@@ -52,7 +58,8 @@ def _paged_attention_fake(q, k_cache, v_cache, page_table, *rest):
 define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seqlens_k, Tensor? cu_seqlens_q, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? leftpad, SymInt max_seqlen_q, "
-    "SymInt? window_left, SymInt? window_right, float softmax_scale, float softcap, int num_splits) -> (Tensor out, Tensor lse)",
+    "SymInt? window_left, SymInt? window_right, float softmax_scale, float softcap, int num_splits, str? backend=None) -> "
+    "(Tensor out, Tensor lse)",
     _paged_attention,
     _paged_attention_fake,
 )
@@ -220,7 +227,7 @@ def check_paged(
 
 def attend_paged(
     q, k_cache, v_cache, page_table, seqlens_k, *, cu_seqlens_q=None, alibi_slopes=None, sinks=None, k_scale=None, v_scale=None,
-    leftpad=None, max_seqlen_q=None, window_left=None, window_right=None, softmax_scale=None, softcap=0.0, num_splits=0,
+    leftpad=None, max_seqlen_q=None, window_left=None, window_right=None, softmax_scale=None, softcap=0.0, num_splits=0, backend=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`paged_attention` below its checks, for the faces with other conventions: (out, lse).
 
@@ -230,7 +237,7 @@ def attend_paged(
     if max_seqlen_q is None:
         max_seqlen_q = q.shape[0 if cu_seqlens_q is not None else 1]
     tensors = cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad
-    options = max_seqlen_q, window_left, window_right, softmax_scale, float(softcap), num_splits
+    options = max_seqlen_q, window_left, window_right, softmax_scale, float(softcap), num_splits, backend
     return apply(OP, _PagedAttention, q, k_cache, v_cache, page_table, seqlens_k, tensors, options)
 
 
@@ -253,6 +260,7 @@ def paged_attention(
     v_scale: Tensor | None = None,
     num_splits: int = 0,
     return_lse: bool = False,
+    backend: Literal["triton", "cuda"] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the newest queries of B sequences over keys and values that lie in pages of a shared cache.
 
@@ -275,6 +283,8 @@ def paged_attention(
             the shapes alone. A given number makes a sequence's result the same bits whatever else is in the batch, at some cost in speed
             (on CPU tensors too, where the keys are divided by memory, and the number itself changes nothing).
         return_lse: also return the log-sum-exp of the scores.
+        backend: which of two kernels runs on CUDA tensors. None: CUDA C++ where S_q·H/H_kv is at most 16, if it is built and does what is
+            asked (`fastattn.cuda.paged_attention.limit`), else Triton. What is named runs or raises.
 
     Returns:
         out: q's shape with D_v as its last dim, q's dtype. A query that sees no key is 0; so are rows past cu_seqlens_q[-1].
@@ -285,7 +295,8 @@ def paged_attention(
     under FASTATTN_CHECK=1 (it synchronises); unchecked, lengths are clamped to the table and keys of a page out of range are masked.
 
     Raises:
-        TypeError: a dtype or type that is not as above. ValueError: anything else. NotImplementedError: a backward.
+        TypeError: a dtype or type that is not as above. ValueError: anything else. NotImplementedError: a backward; backend="cuda"
+        is not built, or does not do this.
 
     Sources: Kwon et al., arXiv 2309.06180 (paged attention); Dao et al., "Flash-Decoding" (2023) (split keys); Ainslie et al.,
     arXiv 2305.13245 (grouped queries).
@@ -301,10 +312,11 @@ def paged_attention(
         softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
         num_splits=num_splits,
     )  # fmt: skip
+    checks.check_backend(OP, backend, q, runs_kernels(q))
     out, lse = attend_paged(
         q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q=cu_seqlens_q, alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale,
         v_scale=v_scale, max_seqlen_q=max_seqlen_q, window_left=window_left, window_right=window_right, softmax_scale=softmax_scale,
-        softcap=softcap, num_splits=num_splits,
+        softcap=softcap, num_splits=num_splits, backend=backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
