@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
-from cuda_on_cpu import BF16, BLOCKS, CRASH, DTYPES, F16, F32, NAN, NOTHING, OUTSIDE, REDUCE, THREADS, WARPS, WRONG, Buffer, Case, Fault, nothing
+from cuda_on_cpu import BF16, BLOCKS, CRASH, DTYPES, F16, F32, LANES, NAN, NOTHING, OUTSIDE, REDUCE, THREADS, WARPS, WRONG, Buffer, Case, Fault, nothing
 from paged_cases import NOWHERE
 from paged_cases import Case as Call
 from torch import Tensor
@@ -179,36 +179,36 @@ def layout_cases() -> list[Case]:
     return cases
 
 
-def hostile_cases() -> list[Case]:
-    """What users' index tensors may hold, and numbers that are none."""
+def hostile_cases(call: Call) -> list[Case]:
+    """What users' index tensors may hold, and numbers that are none. call: of (40, 33) keys in pages of 4."""
     cases = []
-    call = Call((40, 33), S_q=2, page_size=4, dtype=F32)
     (q, k, v, table, lengths), _ = drawn(call)
-    # Keys of a page that is none are masked: as if those keys were not there, for a query that sees all others.
+    add = lambda name, *tensors, **rest: cases.append(paged_case(call, name=f"{name}, {call.dtype}", tensors=[*tensors], **rest))  # noqa: E731
+    # Keys of a page that is none are masked: as if those keys were not there, for queries that see all others.
     for page in (-1, -(2**31), len(k), 2**31 - 1):
         bad, shorter = table.clone(), table.clone()
         bad[0, 4] = page
         shorter[0, 4:-1] = table[0, 5:]
-        tensors, truth = [q, k, v, bad, lengths], [q, k, v, shorter, lengths - torch.tensor([4, 0], dtype=torch.int32)]
-        cases.append(paged_case(call, name=f"page {page}", tensors=tensors, truth=truth, splits=2))
-    none = torch.full_like(table, -5)
-    cases.append(paged_case(call, name="no page at all", tensors=[q, k, v, none, lengths], truth=[q, k, v, table, lengths * 0], splits=2))
-    pages = -(-40 // 4)
-    full = table[:, :pages].clone()
+        add(f"page {page}", q, k, v, bad, lengths, truth=[q, k, v, shorter, lengths - torch.tensor([4, 0], dtype=torch.int32)], splits=2)
+    add("no page at all", q, k, v, torch.full_like(table, -5), lengths, truth=[q, k, v, table, lengths * 0], splits=2)
+    full = table[:, : 40 // 4].clone()
     full[1, 9] = 0  # any page: its rows are read
     k, v = k.nan_to_num(0.5), v.nan_to_num(0.25)
     for low, high in ((-1, 41), (-(2**31), 2**31 - 1)):
         given = torch.tensor([high, low], dtype=torch.int32)
         truth = [q, k, v, full, torch.tensor([40, 0], dtype=torch.int32)]
-        cases.append(paged_case(call, name=f"lengths {low} and {high}", tensors=[q, k, v, full, given], truth=truth, splits=2))
-    no_pages = [q, k[:0], v[:0], full, lengths]
-    cases.append(paged_case(call, name="a cache without pages", tensors=no_pages, truth=[q, k, v, full, lengths * 0]))
-    cases.append(paged_case(call, name="a table without entries", tensors=[q, k, v, full[:, :0], lengths], truth=[q, k, v, full, lengths * 0]))
-
-    for name, place, value in (("key", 1, NAN), ("value", 2, NAN), ("value", 2, float("inf"))):
+        add(f"lengths {low} and {high}", q, k, v, full, given, truth=truth, splits=2)
+    add("a cache without pages", q, k[:0], v[:0], full, lengths, truth=[q, k, v, full, lengths * 0])
+    add("a table without entries", q, k, v, full[:, :0], lengths, truth=[q, k, v, full, lengths * 0])
+    for name, place, value in (("key", 1, NAN), ("value", 2, NAN), ("value", 2, torch.inf)):
         tensors = [t.clone() for t in (q, k, v, full, lengths)]
         tensors[place][full[0, 3], 2, 0, 5] = value
-        cases.append(paged_case(call, name=f"a {name} of {value}", tensors=tensors, splits=2))
+        add(f"a {name} of {value}", *tensors, splits=2)
+    return cases
+
+
+def hostile_starts() -> list[Case]:
+    cases = []
     packed = Call((20, 20), packed=(2, 3), dtype=F32)
     (q, *rest), options = drawn(packed)
     for starts in ((0, -1, 5), (7, 3, 2), (-(2**31), 2**31 - 1, 0), (2**31 - 1, 2**31 - 1, -4)):
@@ -248,6 +248,52 @@ def far_case() -> Case:
     return paged_case(call, name="pages 2^30 apart", sparse=dict(k_cache=2**30, v_cache=2**30), splits=2)
 
 
-CASES = [*value_cases(), *layout_cases(), *hostile_cases(), leftpad_case()]
+HOSTILE = Call((40, 33), S_q=2, page_size=4, dtype=F32), Call((40, 33), S_q=2, H=12, page_size=4, dtype=BF16)
+CASES = [*value_cases(), *layout_cases(), *(case for call in HOSTILE for case in hostile_cases(call)), *hostile_starts(), leftpad_case()]
 FAR = [far_case()]
-FAULTS: list[Fault] = []
+FAULTS = [
+    # Copies and stages.
+    Fault("keys read before they are there", SOURCE, "products[kRows * kPasses];\n    cp_async::wait<3>();", "products[kRows * kPasses];", {"races": NOTHING, "plain": WRONG}, quick=True),
+    Fault("a wait for keys too weak by one group", SOURCE, "scores[kKeys / 8][4] = {};\n    cp_async::wait<3>();", "scores[kKeys / 8][4] = {};\n    cp_async::wait<4>();", {"races": NOTHING}),
+    Fault("no empty group at the end", SOURCE, "copy_chunk(chunk(stage, half, pass), a, w, cache, pages[pass], key_of(start, pass), col);\n    }\n    cp_async::commit();",
+          "copy_chunk(chunk(stage, half, pass), a, w, cache, pages[pass], key_of(start, pass), col);\n      cp_async::commit();\n    }", {"plain": WRONG, "races": NOTHING}),
+    Fault("others' keys read without a barrier", SOURCE, "    __syncwarp();         // all lanes' copies\n#pragma unroll\n    for (int k = 0; k < kDim", "#pragma unroll\n    for (int k = 0; k < kDim",
+          {"races": f"{NOTHING}|{LANES}"}),
+    Fault("keys overwritten while others read them", SOURCE, "    __syncwarp();  // no lane reads these keys any more\n", "", {"races": f"{NOTHING}|{LANES}"}, quick=True),
+    Fault("values overwritten while others read them", SOURCE, "    __syncwarp();  // no lane reads these values any more\n", "", {"races": f"{NOTHING}|{LANES}"}),
+    Fault("queries read before all are there", SOURCE, "  __syncthreads();  // all queries\n", "", {"races": f"{NOTHING}|{WARPS}"}),
+    Fault("parts laid where a warp still reads its stages", SOURCE, "    state.row_sum[warp][my_row] = row_sum;\n  }\n  __syncthreads();", "    state.row_sum[warp][my_row] = row_sum;\n  }\n", {"races": f"{NOTHING}|{THREADS}"}),
+    Fault("dynamic shared memory without the queries", SOURCE, "16 * (size_t{kMmaChunks} + kMmaRows * lanes)", "16 * size_t{kMmaChunks}", {"asan": OUTSIDE}),
+    # Blocks that wait for none and merge what all have left.
+    Fault("no fence before the count", SOURCE, "    __threadfence();  // what the block", "    // what the block", {"races": BLOCKS}, quick=True),
+    Fault("no fence after the count", SOURCE, "    __threadfence();  // and what the others", "    // and what the others", {"races": BLOCKS}),
+    Fault("counted before all is stored", SOURCE, "  __syncthreads();  // all of the block's part", "  // all of the block's part", {"races": f"{BLOCKS}|{THREADS}"}),
+    Fault("a counter that stays", SOURCE, "atomicInc(a.counters + w.tile, last) == last", "atomicAdd(a.counters + w.tile, 1u) == last", {"plain": f"{WRONG}.*a counter is not 0 again"}),
+    Fault("splits without keys are waited for", SOURCE, "static_cast<unsigned>(w.num_active - 1)", "static_cast<unsigned>(a.num_splits - 1)", {"plain": WRONG}),
+    Fault("weights read before all are there", SOURCE, "  __syncthreads();  // the weights of all rows\n", "", {"races": f"{NOTHING}|{WARPS}"}),
+    Fault("sums read before all are there", SOURCE, "      __syncthreads();  // the sums of all parts\n", "", {"races": f"{NOTHING}|{WARPS}"}),
+    Fault("a sink a split", SOURCE, "a.sinks != nullptr && w.split == 0", "a.sinks != nullptr", {"plain": WRONG}),
+    # Memory.
+    Fault("a page is not checked", SOURCE, "return page >= 0 && page < a.num_pages ? page : -1;", "return page;", {"asan": f"{OUTSIDE}|SEGV", "plain": f"{CRASH}|{WRONG}"}),
+    Fault("a page too many", SOURCE, "page < a.num_pages ? page", "page <= a.num_pages ? page", {"asan": OUTSIDE}, quick=True),
+    Fault("an entry past the table", SOURCE, "if (j >= w.end) return -1;", "if (j > w.end) return -1;", {"asan": OUTSIDE}),
+    Fault("a length longer than the table", SOURCE, "leftpad) - leftpad, a.capacity - leftpad)", "leftpad) - leftpad, kMostKeys)", {"asan": f"{OUTSIDE}|SEGV"}),
+    Fault("a start below the first token", SOURCE, "min(max(static_cast<int64_t>(a.cu_seqlens_q[batch]), int64_t{0}), a.total_q)", "min(static_cast<int64_t>(a.cu_seqlens_q[batch]), a.total_q)", {"asan": f"{OUTSIDE}|SEGV"}),
+    Fault("a stop past the last token", SOURCE, "min(max(static_cast<int64_t>(a.cu_seqlens_q[batch + 1]), start), a.total_q)", "max(static_cast<int64_t>(a.cu_seqlens_q[batch + 1]), start)", {"asan": f"{OUTSIDE}|SEGV"}),
+    Fault("a chunk past the row", SOURCE, "page >= 0 && col < a.head_dim;", "page >= 0;", {"asan": OUTSIDE, "plain": WRONG}),
+    Fault("16 bytes of out that is not aligned", SOURCE, "is_aligned(a.out)", "true", {"asan": "misaligned address"}),
+    Fault("an offset of 32 bits, signed", SOURCE, "page * cache.page_stride", "page * static_cast<int32_t>(cache.page_stride)", {"plain": f"{CRASH}|{WRONG}", "asan": "signed integer overflow"}, far=True),
+    Fault("an offset of 32 bits, unsigned", SOURCE, "page * cache.page_stride", "static_cast<unsigned>(page * cache.page_stride)", {"plain": f"{CRASH}|{WRONG}"}, far=True),
+    # Values.
+    Fault("a query sees one key more", SOURCE, "min(diagonal + a.right, w.end - 1)", "min(diagonal + a.right + 1, w.end - 1)", {"plain": WRONG}),
+    Fault("a window is one key wider", SOURCE, "first_key(diagonal - a.left)", "first_key(diagonal - a.left - 1)", {"plain": WRONG}),
+    Fault("keys of no page count", SOURCE, "return exists && j >= first_key", "return j >= first_key", {"plain": WRONG}),
+    Fault("keys of no page, a stage late", SOURCE, "    exists = exists_next;\n    exists_next = exists_last;\n", "    exists = exists_next;\n", {"plain": WRONG}),
+    Fault("−∞ − −∞", SOURCE, "return maximum == -INFINITY ? 0.0f : maximum;", "return maximum;", {"plain": WRONG}),
+    Fault("values do not fade", SOURCE, "acc[r][i] *= factor;", "acc[r][i] *= 1.0f;", {"plain": WRONG}),
+    Fault("a fade that only some lanes see", SOURCE, "__any_sync(kFullMask, new_max != row_max)", "new_max != row_max", {"plain": "Refused: .*(__shfl|is here)"}),
+    Fault("keys and entries of a tile swapped", SOURCE, "lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2)", "lane / 8 % 2 * 8 + lane % 8, 2 * k + lane / 16)", {"plain": WRONG}),
+    Fault("chunks are not where they are read", SOURCE, "swizzled<kLanes>(k * 16 + lane % 16, n + lane / 16)", "(k * 16 + lane % 16) * kLanes + n + lane / 16", {"plain": WRONG}),
+    Fault("a sum given to the wrong lanes", REDUCE, "upper ? low : high, kDistance", "upper ? high : low, kDistance", {"plain": WRONG}),
+    Fault("leftpad moves keys but not pages", SOURCE, "a.page_divider.quotient(j + w.leftpad)", "a.page_divider.quotient(j)", {"plain": f"{WRONG}|{CRASH}"}),
+]  # fmt: skip
