@@ -12,6 +12,7 @@ from torch import Tensor
 import fastattn
 
 from .rows import RowShape, Variant, row_presets, row_suite
+from .suite import by_backend
 
 _LIGER = "liger_kernel.transformers.functional"
 
@@ -29,11 +30,11 @@ def _inputs(*names: str) -> Callable:
 
 def _over_columns(function: Callable) -> Callable:
     """function(x, …, normalized_shape, …) with the last dim normalized; a residual comes before it."""
-    return lambda x, *rest: function(x, x.shape[-1], *rest)
+    return lambda x, *rest, **options: function(x, x.shape[-1], *rest, **options)
 
 
 def _with_residual(function: Callable) -> Callable:
-    return lambda x, residual, *rest: function(x, residual, x.shape[-1], *rest)
+    return lambda x, residual, *rest, **options: function(x, residual, x.shape[-1], *rest, **options)
 
 
 def _add_then(norm: Callable) -> Callable:
@@ -55,6 +56,7 @@ VARIANTS = {
             "QuACK": ("quack", "rmsnorm", lambda f: lambda x, w: f(x, w, eps=1.1920929e-07)),
         },
         traffic=(2, 3),  # x → y; x, dy → dx
+        has_backends=True,
     ),
     "layer_norm": Variant(
         draw=_inputs("weight", "bias"),
@@ -63,6 +65,7 @@ VARIANTS = {
         torch=lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b),
         others={"Liger": (_LIGER, "liger_layer_norm", lambda f: lambda x, w, b: f(x, w, b, 1e-5))},
         traffic=(2, 3),
+        has_backends=True,
     ),
     "add_rms_norm": Variant(
         draw=_inputs("residual", "weight"),
@@ -74,6 +77,7 @@ VARIANTS = {
             "QuACK": ("quack", "rmsnorm", lambda f: lambda x, r, w: f(x, w, residual=r, prenorm=True, eps=1.1920929e-07)),
         },
         traffic=(4, 5),  # x, residual → y, residual; residual, dy, dresidual → dx, dresidual
+        has_backends=True,
     ),
     "add_layer_norm": Variant(
         draw=_inputs("residual", "weight", "bias"),
@@ -81,6 +85,7 @@ VARIANTS = {
         ours=_with_residual(fastattn.add_layer_norm),
         torch=_add_then(F.layer_norm),
         traffic=(4, 5),
+        has_backends=True,
     ),
 }
 
@@ -90,6 +95,7 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     leaf = x.clone().requires_grad_()
     return {
         "fastattn.rms_norm": lambda: fastattn.rms_norm(x, 64, weight),
+        **by_backend("fastattn.rms_norm", lambda backend: fastattn.rms_norm(x, 64, weight, backend=backend), device),
         "torch rms_norm": lambda: F.rms_norm(x, (64,), weight),
         "fastattn.rms_norm, recording a gradient": lambda: fastattn.rms_norm(leaf, 64, weight),
         "torch rms_norm, recording a gradient": lambda: F.rms_norm(leaf, (64,), weight),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastattn
 
-from .suite import COPY, OURS, Builder, Forward, Suite, find_peers, import_name
+from .suite import COPY, OURS, Builder, Forward, Suite, by_backend, find_peers, import_name
 
 CACHES = {"": None, "int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 
@@ -116,6 +116,7 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     k, v = (torch.randn(2, 1, 1, 64, device=device).to(dtype) for _ in range(2))
     return {
         "fastattn.paged_attention": lambda: fastattn.paged_attention(*inputs),
+        **by_backend("fastattn.paged_attention", lambda backend: fastattn.paged_attention(*inputs, backend=backend), device),
         "fastattn.append_paged_kv": lambda: fastattn.append_paged_kv(k, v, *inputs[1:4], inputs[4] - 1),
         "torch SDPA, dense": lambda: F.scaled_dot_product_attention(*dense),
     }
@@ -131,9 +132,11 @@ def panel(row: dict[str, Any]) -> tuple[str, float] | None:
 # The implementations: forward(q, k_cache, v_cache, page_table, seqlens_k, *scales) -> out (B, S_q, H, D).
 
 
-def build_fastattn(shape: Shape) -> Forward:
+def build_fastattn(shape: Shape, backend: str | None = None) -> Forward:
     if shape.prefix == 0:
-        return lambda *inputs: fastattn.paged_attention(*inputs[:5], **_scales(inputs[5:]))
+        return lambda *inputs: fastattn.paged_attention(*inputs[:5], **_scales(inputs[5:]), backend=backend)
+    if backend is not None:
+        raise NotImplementedError("cascade_attention chooses for each of its parts")
     shared = shape.prefix // shape.page_size
 
     def cascade(q, k_cache, v_cache, table, lengths, *scales):
@@ -266,7 +269,9 @@ REQUIRES = {
 SUITE = Suite(
     op="paged_attention",
     presets=PRESETS,
-    peers=lambda device: find_peers(ON_CUDA if device.type == "cuda" else ON_CPU, REQUIRES),
+    peers=lambda device: find_peers(
+        {**ON_CUDA, **by_backend(OURS, build_fastattn, device)} if device.type == "cuda" else ON_CPU, REQUIRES
+    ),
     draw=draw,
     reference=reference,
     work=work,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .suite import COPY, OURS, Builder, Forward, Suite, find_peers
+from .suite import COPY, OURS, Builder, Forward, Suite, backends, find_peers
 
 ROW_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 ELEMENTS_AT_MOST = 1 << 31  # of one tensor on a GPU: 16384 rows of 131072, as published figures have them
@@ -42,6 +43,7 @@ class Variant:
     traffic: tuple[float, float]
     torch: Forward | None = None
     others: Mapping[str, tuple[str, str, Callable[..., Forward]]] = field(default_factory=dict)  # name → module, name, wrap(it)
+    has_backends: bool = False  # ours takes backend=, as there are two kernels
 
 
 def row_presets(functions: Sequence[str], lengths: Sequence[int] = ROW_LENGTHS, rows: int = 32768) -> dict:
@@ -81,12 +83,22 @@ def row_suite(op: str, variants: Mapping[str, Variant], presets: dict, overhead:
 
         candidates = {OURS: pick("ours"), "naive": pick("reference"), "torch": pick("torch")}
         requires: dict[str, tuple[str, str]] = {}
+        if any(variant.has_backends for variant in variants.values()):
+            candidates |= {f"{OURS} ({backend})": on(backend) for backend in backends(device)}
         if device.type == "cuda":
             candidates["torch.compile"] = compiled
             for variant in variants.values():
                 for name, (module, attribute, _) in variant.others.items():
                     candidates[name], requires[name] = other(name), (module, attribute)
         return find_peers(candidates, requires)
+
+    def on(backend: str) -> Builder:
+        def build(shape: RowShape) -> Forward:
+            if not variants[shape.function].has_backends:
+                raise NotImplementedError("there is one kernel")
+            return partial(variants[shape.function].ours, backend=backend)
+
+        return build
 
     def other(name: str) -> Builder:
         def build(shape: RowShape) -> Forward:

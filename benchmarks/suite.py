@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,6 +92,18 @@ class Suite:
 
 def suite_of(op: str) -> Suite:
     return importlib.import_module(f"{__package__}.bench_{op}").SUITE
+
+
+def backends(device: torch.device) -> tuple[str, ...]:
+    """The `backend`s to show side by side: of an op that has two kernels for this device."""
+    from fastattn.extensions import cuda_operators
+
+    return ("triton", "cuda") if device.type == "cuda" and cuda_operators.why_not is None else ()
+
+
+def by_backend(name: str, call: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
+    """call(…, backend=…) for each of them, by names that begin with `name`."""
+    return {f"{name} ({backend})": partial(call, backend=backend) for backend in backends(device)}
 
 
 def find_peers(
@@ -322,7 +335,8 @@ def _run_suite(suite: Suite, options: argparse.Namespace, clock: Clock) -> int:
         step("ceilings: a large matmul, a large copy")
         before = result["ceilings"] = measure_ceilings(clock, DTYPES[dtype_name])
         step("overhead of a call")
-        calls = suite.overhead(device, DTYPES[dtype_name])
+        one = torch.ones(1, device=device)
+        calls = {report.SMALLEST: lambda: torch.ops.aten.add(one, one), **suite.overhead(device, DTYPES[dtype_name])}
         result["overhead_us"] = {name: host_microseconds(call, device) for name, call in calls.items()}
         for shape in shapes:
             step(shape.id(dtype_name))

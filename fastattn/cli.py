@@ -73,6 +73,7 @@ def _device(asked: torch.device | None) -> torch.device:
 
 def _info(options: argparse.Namespace) -> int:
     import fastattn
+    from fastattn.benchmarks import report
     from fastattn.benchmarks.bench_attention import peers
     from fastattn.benchmarks.provenance import PACKAGES, commit, device_details, version
     from fastattn.extensions import cpu_operators, cuda_operators
@@ -86,7 +87,7 @@ def _info(options: argparse.Namespace) -> int:
         *((name, version(name) or "absent") for name in PACKAGES),
         ("page pool", "C++" if COMPILED else "Python (no compiler, or no pybind11, when it was installed)"),
         ("CPU operators", f"{cpu_operators.why_not}: torch's ops instead" if cpu_operators.why_not else "C++ (fastattn._C)"),
-        ("CUDA operators", f"{cuda_operators.why_not}: Triton's instead" if cuda_operators.why_not else "C++ (fastattn._cuda)"),
+        ("CUDA operators", f"{cuda_operators.why_not}: Triton's kernels instead" if cuda_operators.why_not else "C++ (fastattn._cuda)"),
     ]
     details = device_details(torch.device("cpu"))
     path = "the Triton kernels in the interpreter (TRITON_INTERPRET is set)" if INTERPRET else "torch code"
@@ -100,7 +101,40 @@ def _info(options: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:{width}}  {value}")
+    report.print_table("which code an op runs here", ("op", "on the CPU", "on CUDA"), list(_implementations()), left=3)
     return 0
+
+
+# Ops of two implementations on a device: their compiled operator, and when it is the one.
+_COMPILED = {
+    "attention": ("attention_fwd_cpp", "short sequences with softcap, dropout or ALiBi"),
+    "paged_attention": ("paged_attention_cpp", "up to 64 rows of a group"),
+    "append_paged_kv": ("append_paged_kv_cpp", ""),
+    "sampling": ("sample_cpp", ""),
+    "moe_routing": ("moe_dispatch_cpp", "the sort of slots by expert"),
+}
+_COMPILED_CUDA = {
+    "norm": ("norm_fwd_cuda", "few rows, forward"),
+    "paged_attention": ("paged_attention_cuda", "up to 16 rows of a group"),
+}
+
+
+def _implementations():
+    """(op, what runs for CPU tensors, what for CUDA ones)"""
+    from fastattn.benchmarks.suite import OPS
+    from fastattn.extensions import cpu_operators, cuda_operators
+    from fastattn.ops.dispatch import INTERPRET
+
+    def describe(compiled: tuple[str, str], operators, name: str, otherwise: str) -> str:
+        operator, when = compiled
+        if not operators.available(operator):
+            return otherwise
+        return f"{name}: {when}; else {otherwise}" if when else name
+
+    for op in OPS:
+        on_cpu = describe(_COMPILED.get(op, ("", "")), cpu_operators, "C++", "torch's ops")
+        on_cuda = describe(_COMPILED_CUDA.get(op, ("", "")), cuda_operators, "CUDA C++", "Triton")
+        yield op, on_cuda.replace("Triton", "Triton's interpreter") if INTERPRET else on_cpu, on_cuda
 
 
 def _describe_gpu(device: torch.device) -> str:

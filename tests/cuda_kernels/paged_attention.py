@@ -6,7 +6,26 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
-from cuda_on_cpu import BF16, BLOCKS, CRASH, DTYPES, F16, F32, LANES, NAN, NOTHING, OUTSIDE, REDUCE, THREADS, WARPS, WRONG, Buffer, Case, Fault, nothing
+from cuda_on_cpu import (
+    BF16,
+    BLOCKS,
+    CRASH,
+    DTYPES,
+    F16,
+    F32,
+    LANES,
+    NAN,
+    NOTHING,
+    OUTSIDE,
+    REDUCE,
+    THREADS,
+    WARPS,
+    WRONG,
+    Buffer,
+    Case,
+    Fault,
+    nothing,
+)
 from paged_cases import NOWHERE
 from paged_cases import Case as Call
 from torch import Tensor
@@ -68,7 +87,8 @@ def paged_case(
     strides = dict(zip(("stride_kp", "stride_ks", "stride_kh"), k_cache.stride()), stride_qh=q.stride(-2), stride_qs=q.stride(-3))
     strides |= dict(zip(("stride_vp", "stride_vs", "stride_vh"), v_cache.stride()), stride_qb=0 if packed else q.stride(0))
     sparse = sparse or {}
-    strides |= {"stride_kp": sparse[name] for name in sparse if name == "k_cache"} | {"stride_vp": sparse[name] for name in sparse if name == "v_cache"}
+    for name, stride in (("k_cache", "stride_kp"), ("v_cache", "stride_vp")):
+        strides[stride] = sparse.get(name, strides[stride])
     values = dict(
         batch=batch, seqlen_q=seqlen_q, total_q=total, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         num_pages=num_pages, page_size=page_size, max_pages=table.shape[1], stride_table=table.stride(0),
