@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../cuda/norm.hpp"
+#include "../cuda/softmax.hpp"
 #include "probes.hpp"
 
 namespace {
@@ -25,6 +26,7 @@ Op op(const char* name) {
 
 const Op kOps[] = {
     op<fastattn::NormParams, fastattn::norm_fwd>("norm_fwd"),
+    op<fastattn::SoftmaxParams, fastattn::softmax_fwd>("softmax_fwd"),
     op<fastattn::ProbeParams, fastattn::probe>("probe"),
 };
 
