@@ -5,6 +5,7 @@
 #include <exception>
 #include <string>
 
+#include "../cuda/append_paged_kv.hpp"
 #include "../cuda/norm.hpp"
 #include "../cuda/softmax.hpp"
 #include "probes.hpp"
@@ -25,6 +26,7 @@ Op op(const char* name) {
 }
 
 const Op kOps[] = {
+    op<fastattn::AppendPagedKvParams, fastattn::append_paged_kv>("append_paged_kv"),
     op<fastattn::NormParams, fastattn::norm_fwd>("norm_fwd"),
     op<fastattn::SoftmaxParams, fastattn::softmax_fwd>("softmax_fwd"),
     op<fastattn::ProbeParams, fastattn::probe>("probe"),

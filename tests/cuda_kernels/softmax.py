@@ -152,7 +152,7 @@ FAULTS = [
           {"plain": "Refused: .*returned"}),
     # Memory.
     Fault("a row too many", SOURCE, "index < params.num_rows;", "index <= params.num_rows;", {"asan": OUTSIDE}),
-    Fault("a vector before the row's start", SOURCE, "    if (has(col) && has(col + kWidth - 1)) {\n      vector.bits", "    if (has(col + kWidth - 1)) {\n      vector.bits", {"asan": OUTSIDE, "plain": WRONG}),
+    Fault("a vector before the row's start", SOURCE, "    if (has(col) && has(col + kWidth - 1)) {\n      vector.bits", "    if (has(col + kWidth - 1)) {\n      vector.bits", {"plain": WRONG}),
     Fault("a vector across the row's end", SOURCE, "    if (has(col) && has(col + kWidth - 1)) {\n      vector.bits", "    if (has(col)) {\n      vector.bits", {"asan": OUTSIDE, "plain": WRONG}),
     Fault("a vector stored across the row's end", SOURCE, "    if (has(col) && has(col + kWidth - 1)) {\n      fastattn::store", "    if (has(col)) {\n      fastattn::store",
           {"asan": OUTSIDE, "plain": f"({WRONG}.*written between its rows|{CRASH})"}),
