@@ -18,8 +18,8 @@ __device__ __forceinline__ int8_t from_float<int8_t>(float value) {
   return static_cast<int8_t>(__float_as_uint(inside + 12582912.0f) & 0xff);
 }
 
-// By integer arithmetic, as sm_80 has no conversion. Dropping 20 of 23 mantissa bits rounds a normal number. Below 2^−6 all are multiples of
-// 2^−9, the spacing of floats from 2^14 on.
+// By integer arithmetic, as sm_80 has no conversion. Dropping 20 of 23 mantissa bits rounds a normal number. Below 2^−6 all are multiples
+// of 2^−9, the spacing of floats from 2^14 on.
 template <>
 __device__ __forceinline__ Float8E4M3 from_float<Float8E4M3>(float value) {
   const float size = fminf(fabsf(value), 448.0f);

@@ -37,7 +37,7 @@ union Vector {
   __device__ __forceinline__ Vector() {}
 };
 
-__device__ __forceinline__ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+__host__ __device__ __forceinline__ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // from[0, kVectorSize), of which those from `count` on are not read but 0. aligned: `from` is a multiple of 16 bytes. Nothing is made of what
 // is loaded, so that a thread can have many such loads under way.

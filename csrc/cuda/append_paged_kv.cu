@@ -16,8 +16,8 @@
 namespace fastattn {
 namespace {
 
-constexpr int kThreads = 128;     // of a block, at most: a decode step's few rows make many blocks
-constexpr int kMaxHeadDim = 512;  // whose row no more threads have than that
+constexpr int kThreads = 128;  // of a block, at most: a decode step's few rows make many blocks
+constexpr int kMaxHeadDim = 512;
 
 // At least 16 bytes of k, of the tables and of the cache, whatever their dtypes are.
 template <class Cache>
@@ -31,8 +31,8 @@ __host__ __device__ constexpr int threads_of_row(int head_dim, int rotary_dim) {
   return ceil_div(rotary_dim / 2, kColumns) + ceil_div(head_dim - rotary_dim, 2 * kColumns);
 }
 
-// What a thread has of a row: columns from `first` on, before first_end, and from `second` on. With `angle` ≥ 0 they are pairs, to be turned
-// by the angles from that column of the tables on.
+// What a thread has of a row: columns from `first` on, before first_end, and from `second` on, before second_end. With `angle` ≥ 0 they are
+// pairs, to be turned by the angles from that column of the tables on.
 struct Share {
   int first, first_end, second, second_end, angle;
 };
@@ -55,8 +55,8 @@ struct Place {
   int64_t sequence, position;
 };
 
-// Of `token` of the batch's `sequence`, or of all packed ones. Those are in the sequence whose start is the last entry of cu_seqlens that is
-// not past them, by bisection among its entries whatever they hold.
+// Of `token` of the batch's `sequence`, or of all packed ones. Those are in the sequence whose start is the last entry of cu_seqlens that
+// is not past them, by bisection among its entries whatever they hold.
 __device__ __forceinline__ Place place_of_token(const AppendPagedKvParams& p, int64_t sequence, int64_t token) {
   if (p.cu_seqlens != nullptr) {
     int64_t low = 0, high = p.num_seqs;
@@ -99,7 +99,8 @@ __device__ __forceinline__ void turn_pair(float& x1, float& x2, float cos, float
 
 // The pairs of N angles: (first[i], second[i]), or adjacent ones of first and then second.
 template <int N>
-__device__ __forceinline__ void turn(float (&first)[N], float (&second)[N], const float (&cos)[N], const float (&sin)[N], bool interleaved) {
+__device__ __forceinline__ void turn(float (&first)[N], float (&second)[N], const float (&cos)[N], const float (&sin)[N],
+                                     bool interleaved) {
   if (interleaved) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
@@ -120,7 +121,8 @@ struct Vectors {
   __device__ __forceinline__ Vectors(const T* from, int count) {
     const bool aligned = is_aligned(from);
 #pragma unroll
-    for (int start = 0; start < N; start += kVectorSize<T>) parts[start / kVectorSize<T>] = load_vector(from + start, count - start, aligned);
+    for (int i = 0; i < N / kVectorSize<T>; ++i)
+      parts[i] = load_vector(from + i * kVectorSize<T>, count - i * kVectorSize<T>, aligned);
   }
 
   __device__ __forceinline__ void to_floats(float (&to)[N]) const {
@@ -150,8 +152,9 @@ __global__ void __launch_bounds__(kThreads) append_paged_kv_kernel(const AppendP
 
   const Place place = place_of_token(p, batch, token);
   if (place.position < 0) return;
-  const auto position = static_cast<uint32_t>(place.position), page_size = static_cast<uint32_t>(p.page_size);  // two numbers below 2^31 fit
-  const int64_t page = page_of_entry(p, place.sequence, position / page_size), slot = position % page_size;  // on its way while pairs turn
+  const auto position = static_cast<uint32_t>(place.position), page_size = static_cast<uint32_t>(p.page_size);  // below 2·2^31
+  const int64_t page = page_of_entry(p, place.sequence, position / page_size);  // on its way while pairs turn
+  const int64_t slot = position % page_size;
   float first[N], second[N];
   loaded_first.to_floats(first);
   loaded_second.to_floats(second);
@@ -179,6 +182,7 @@ __global__ void __launch_bounds__(kThreads) append_paged_kv_kernel(const AppendP
 template <class T, class Cache>
 cudaError_t launch_append(const AppendPagedKvParams& p, cudaStream_t stream) {
   constexpr int N = kColumns<Cache>;
+  static_assert(threads_of_row<N>(kMaxHeadDim, 2) + threads_of_row<N>(kMaxHeadDim, 0) <= kThreads, "a block has the widest row");
   const int threads = threads_of_row<N>(static_cast<int>(p.head_dim), static_cast<int>(p.rotary_dim)) +
                       threads_of_row<N>(static_cast<int>(p.head_dim_v), 0);
   const int rows = kThreads / threads;

@@ -329,7 +329,7 @@ FAULTS = [
     Fault("a row too many", SOURCE, "row >= p.batch * p.seqlen * p.num_heads", "row > p.batch * p.seqlen * p.num_heads", {"asan": OUTSIDE}),
     Fault("rows that two blocks have", SOURCE, "blockIdx.x * blockDim.y + threadIdx.y", "blockIdx.x * (blockDim.y - 1) + threadIdx.y", {"races": BLOCKS, "plain": WRONG}),
     Fault("the head of another row", SOURCE, "head = row % num_heads, batch", "head = row / seqlen % num_heads, batch", {"plain": WRONG}),
-    Fault("a slot of the wrong page", SOURCE, "slot = position % page_size;", "slot = token % page_size;", {"plain": WRONG}),
+    Fault("a slot of the wrong page", SOURCE, "int64_t slot = position % page_size;", "int64_t slot = token % page_size;", {"plain": WRONG}),
     # Columns.
     Fault("the rest overlaps what is turned", SOURCE, "const int first = rotary_dim + (thread - turning) * kColumns;", "const int first = rotary_dim + (thread - turning) * kColumns - (turning > 0);", {"plain": WRONG}),
     Fault("a half's end is the row's", SOURCE, "return {angle, half, half + angle, rotary_dim, angle};", "return {angle, rotary_dim, half + angle, rotary_dim, angle};", {"races": "race between lanes"}),
