@@ -18,9 +18,9 @@
 namespace fastattn {
 namespace {
 
-constexpr int kMaxThreads = 512;   // that have a row
-constexpr int kMaxChunks = 4;      // of 16 bytes of it, that a thread has: enough loads under way, and 32 registers in half precision
-constexpr int kWarpsOfRows = 4;    // in a block, where lanes of a warp have a row
+constexpr int kMaxThreads = 512;  // that have a row
+constexpr int kMaxChunks = 4;     // of 16 bytes of it, that a thread has: enough loads under way, and 32 registers in half precision
+constexpr int kWarpsOfRows = 4;   // in a block, where lanes of a warp have a row
 constexpr float kLog2e = 1.4426950408889634f;
 
 using Partials = float[kMaxThreads / kWarpSize];
@@ -47,27 +47,37 @@ struct Row {
         start(-static_cast<int64_t>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T))),
         y_aligned((reinterpret_cast<uintptr_t>(y) + start * sizeof(Y)) % 16 == 0) {}
 
-  __device__ __forceinline__ bool has(int64_t col) const { return col >= 0 && col < num_cols; }
+  // Which lanes of the vector that begins with column `col` are the row's: [first, end).
+  struct Lanes {
+    int first, end;
+    __device__ __forceinline__ bool all() const { return first == 0 && end == kWidth; }
+    __device__ __forceinline__ bool has(int i) const { return i >= first && i < end; }
+  };
+  __device__ __forceinline__ Lanes lanes(int64_t col) const {
+    return {static_cast<int>(max(-col, int64_t{0})), static_cast<int>(min(num_cols - col, int64_t{kWidth}))};
+  }
 
   // Nothing is made of what is loaded, so that a thread can have many such loads under way.
   __device__ __forceinline__ Vector<T> load(int64_t col) const {
+    const Lanes own = lanes(col);
     Vector<T> vector;
-    if (has(col) && has(col + kWidth - 1)) {
+    if (own.all()) {
       vector.bits = *reinterpret_cast<const uint4*>(x + col);
     } else {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) vector.lanes[i] = has(col + i) ? x[col + i] : from_float<T>(-INFINITY);
+      for (int i = 0; i < kWidth; ++i) vector.lanes[i] = own.has(i) ? x[col + i] : from_float<T>(-INFINITY);
     }
     return vector;
   }
 
   __device__ __forceinline__ void store(int64_t col, const float (&values)[kWidth]) const {
-    if (has(col) && has(col + kWidth - 1)) {
+    const Lanes own = lanes(col);
+    if (own.all()) {
       fastattn::store(y + col, values, kWidth, y_aligned);
     } else {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i)
-        if (has(col + i)) y[col + i] = from_float<Y>(values[i]);
+        if (own.has(i)) y[col + i] = from_float<Y>(values[i]);
     }
   }
 };
