@@ -29,9 +29,9 @@ struct AppendPagedKvParams {
   int32_t interleaved;       // 1: pairs of columns (0, 1), (2, 3), …; 0: (0, rotary_dim/2), (1, rotary_dim/2 + 1), …
 };
 
-// Asynchronous on the stream. cudaErrorInvalidValue: what this kernel does not do (the comments above), a head_dim or head_dim_v that is not
-// from 1 to 512, an odd rotary_dim or one above head_dim, a page_size below 1, and a size, or number of rows (batch·seqlen·num_heads), that
-// is no int32. Two tokens in one slot leave either of them there, element by element.
+// Asynchronous on the stream. cudaErrorInvalidValue: what this kernel does not do (the comments above), a head_dim or head_dim_v that is
+// not from 1 to 512, an odd rotary_dim or one above head_dim, a page_size below 1, and a size, or number of rows (batch·seqlen·num_heads),
+// that is no int32. Two tokens in one slot leave either of them there, element by element.
 cudaError_t append_paged_kv(const AppendPagedKvParams& params, cudaStream_t stream);
 
 }  // namespace fastattn
