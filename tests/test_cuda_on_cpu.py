@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from cuda_kernels import norm, paged_attention, probes
+from cuda_kernels import append_paged_kv, norm, paged_attention, probes, softmax
 from cuda_on_cpu import (
     CSRC,
     SEEDS,
@@ -24,7 +24,7 @@ from cuda_on_cpu import (
     load,
 )
 
-KERNELS = (probes, norm, paged_attention)
+KERNELS = (probes, append_paged_kv, norm, paged_attention, softmax)
 CASES = [case for kernels in KERNELS for case in kernels.CASES]
 FAR = [case for kernels in KERNELS for case in kernels.FAR]
 IDS = [f"{i}-{case.name}".replace(" ", "_") for i, case in enumerate(CASES)]
@@ -127,7 +127,7 @@ PLANTED = [(kernels, fault, name) for kernels in KERNELS for fault in kernels.FA
 @pytest.mark.parametrize(
     "kernels, fault, name",
     [pytest.param(*planted, marks=[] if planted[1].quick and planted[2] != "plain" else pytest.mark.more) for planted in PLANTED],
-    ids=[f"{name}-{fault.name}".replace(" ", "_") for _, fault, name in PLANTED],
+    ids=[f"{name}-{kernels.__name__.split('.')[-1]}-{fault.name}".replace(" ", "_") for kernels, fault, name in PLANTED],
 )
 def test_a_planted_fault_is_caught(kernels, fault, name, build, tmp_path):
     build(name)

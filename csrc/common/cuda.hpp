@@ -21,7 +21,7 @@ inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullMask = 0xffffffff;
 
 // Values are part of the launchers' interface.
-enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFloat8E4M3 = 4 };
 
 #ifndef FASTATTN_CUDA_ON_CPU
 

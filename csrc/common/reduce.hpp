@@ -6,18 +6,26 @@
 
 namespace fastattn {
 
-// The sum over the warp's lanes, in every lane. All lanes of the warp must call.
-__device__ __forceinline__ float warp_sum(float value) {
+struct Sum {
+  static constexpr float kNothing = 0.0f;  // what changes no result
+  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+
+struct Max {  // of the numbers: a NaN is not seen
+  static constexpr float kNothing = -INFINITY;
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// Over each group of `lanes` neighbours, a power of 2, in every lane of it. All lanes of the warp must call.
+template <class Op>
+__device__ __forceinline__ float warp_reduce(float value, Op op, int lanes = kWarpSize) {
 #pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kFullMask, value, distance);
+  for (int distance = lanes / 2; distance > 0; distance /= 2) value = op(value, __shfl_xor_sync(kFullMask, value, distance));
   return value;
 }
 
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) value = fmaxf(value, __shfl_xor_sync(kFullMask, value, distance));
-  return value;
-}
+__device__ __forceinline__ float warp_sum(float value) { return warp_reduce(value, Sum{}); }
+__device__ __forceinline__ float warp_max(float value) { return warp_reduce(value, Max{}); }
 
 // values[0, kCount) summed over each group of kLanes neighbouring lanes. A lane keeps only its share of the sums, in the first places: the
 // values are halved while the lanes are, so that kCount sums take about kCount shuffles and not kCount·log kLanes. The lane's bits, from the
@@ -37,17 +45,27 @@ __device__ __forceinline__ void scatter_sums(float (&values)[kSize], int lane) {
   }
 }
 
-// The sum over a block of one dim, in every thread. All threads must call. `partials` is shared, an entry a warp: another one for each sum
-// of a kernel, or there must be a barrier between its uses.
-template <int kMaxWarps>
-__device__ __forceinline__ float block_sum(float value, float (&partials)[kMaxWarps]) {
-  static_assert(kMaxWarps <= kWarpSize, "the warps' sums are summed by one warp");
+// Over a block of one dim, in every thread. All threads must call. `partials` is shared, an entry a warp: another one for each reduction of
+// a kernel, or there must be a barrier between its uses.
+template <class Op, int kMaxWarps>
+__device__ __forceinline__ float block_reduce(float value, Op op, float (&partials)[kMaxWarps]) {
+  static_assert(kMaxWarps <= kWarpSize, "what the warps have is reduced by one warp");
   const int lane = threadIdx.x % kWarpSize;
   const int num_warps = blockDim.x / kWarpSize;
-  value = warp_sum(value);
+  value = warp_reduce(value, op);
   if (lane == 0) partials[threadIdx.x / kWarpSize] = value;
   __syncthreads();
-  return warp_sum(lane < num_warps ? partials[lane] : 0.0f);
+  return warp_reduce(lane < num_warps ? partials[lane] : Op::kNothing, op);
+}
+
+template <int kMaxWarps>
+__device__ __forceinline__ float block_sum(float value, float (&partials)[kMaxWarps]) {
+  return block_reduce(value, Sum{}, partials);
+}
+
+template <int kMaxWarps>
+__device__ __forceinline__ float block_max(float value, float (&partials)[kMaxWarps]) {
+  return block_reduce(value, Max{}, partials);
 }
 
 }  // namespace fastattn

@@ -42,7 +42,7 @@ union Vector {
   __device__ __forceinline__ Vector() {}
 };
 
-__device__ __forceinline__ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+__host__ __device__ __forceinline__ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // from[0, kVectorSize), of which those from `count` on are not read but 0. aligned: `from` is a multiple of 16 bytes. Nothing is made of what
 // is loaded, so that a thread can have many such loads under way.
@@ -78,18 +78,34 @@ __device__ __forceinline__ void load(float (&to)[N], const T* from, int64_t coun
   }
 }
 
-// to[0, kVectorSize) = from, rounded; those from `count` on are not written.
-template <class T>
-__device__ __forceinline__ void store(T* to, const float (&from)[kVectorSize<T>], int64_t count, bool aligned) {
-  Vector<T> vector;
+// to = from[start, start + kVectorSize), rounded. A format that converts several at a time has its own (quantised.hpp).
+template <int N, class T>
+__device__ __forceinline__ void convert(Vector<T>& to, const float (&from)[N], int start) {
 #pragma unroll
-  for (int i = 0; i < kVectorSize<T>; ++i) vector.lanes[i] = from_float<T>(from[i]);
+  for (int i = 0; i < kVectorSize<T>; ++i) to.lanes[i] = from_float<T>(from[start + i]);
+}
+
+// to[0, kVectorSize) = vector; those from `count` on are not written.
+template <class T>
+__device__ __forceinline__ void store_vector(T* to, const Vector<T>& vector, int64_t count, bool aligned) {
   if (aligned && count >= kVectorSize<T>) {
     *reinterpret_cast<uint4*>(to) = vector.bits;
   } else {
 #pragma unroll
     for (int i = 0; i < kVectorSize<T>; ++i)
       if (i < count) to[i] = vector.lanes[i];
+  }
+}
+
+// to[0, N) = from, rounded, as above.
+template <int N, class T>
+__device__ __forceinline__ void store(T* to, const float (&from)[N], int64_t count, bool aligned) {
+  static_assert(N % kVectorSize<T> == 0, "whole vectors");
+#pragma unroll
+  for (int start = 0; start < N; start += kVectorSize<T>) {
+    Vector<T> vector;
+    convert(vector, from, start);
+    store_vector(to + start, vector, count - start, aligned);
   }
 }
 

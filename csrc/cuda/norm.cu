@@ -241,8 +241,8 @@ cudaError_t norm_fwd(const NormParams& params, cudaStream_t stream) {
     case Dtype::kFloat32: return launch_norm<float>(params, stream);
     case Dtype::kFloat16: return launch_norm<__half>(params, stream);
     case Dtype::kBFloat16: return launch_norm<__nv_bfloat16>(params, stream);
+    default: return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace fastattn

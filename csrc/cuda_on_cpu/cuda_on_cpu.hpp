@@ -340,6 +340,7 @@ inline unsigned __brev(unsigned value) {
 }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __expf(float value) { return std::exp(value); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fdividef(float a, float b) { return a / b; }
 template <class T>
 T __ldg(const T* address) {

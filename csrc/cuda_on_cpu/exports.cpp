@@ -5,8 +5,10 @@
 #include <exception>
 #include <string>
 
+#include "../cuda/append_paged_kv.hpp"
 #include "../cuda/norm.hpp"
 #include "../cuda/paged_attention.hpp"
+#include "../cuda/softmax.hpp"
 #include "probes.hpp"
 
 namespace {
@@ -25,8 +27,10 @@ Op op(const char* name) {
 }
 
 const Op kOps[] = {
+    op<fastattn::AppendPagedKvParams, fastattn::append_paged_kv>("append_paged_kv"),
     op<fastattn::NormParams, fastattn::norm_fwd>("norm_fwd"),
     op<fastattn::PagedAttentionParams, fastattn::paged_attention>("paged_attention"),
+    op<fastattn::SoftmaxParams, fastattn::softmax_fwd>("softmax_fwd"),
     op<fastattn::ProbeParams, fastattn::probe>("probe"),
 };
 

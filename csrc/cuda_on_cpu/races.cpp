@@ -27,7 +27,7 @@ namespace cuda_on_cpu::races {
 namespace {
 
 constexpr int kLanes = 32;
-constexpr size_t kGranule = 2;      // bytes that share a record: neighbours in byte-sized data would be taken for each other
+constexpr size_t kGranule = 1;     // bytes that share a record: a record of two would take neighbours in byte-sized data for each other
 constexpr size_t kPage = 1 << 12;  // bytes whose records are made together
 
 struct Access {

@@ -227,7 +227,7 @@ FAULTS = [
     Fault("a sum of 16 pairs", REDUCE, "distance > 0;", "distance > 1;", {"plain": WRONG}),
     Fault("a shuffle's width is half a warp", REDUCE, "value, distance)", "value, distance, 16)", {"plain": WRONG}),
     # Memory.
-    Fault("entries of shared memory that no warp wrote", REDUCE, "warp_sum(lane < num_warps ? partials[lane] : 0.0f)", "warp_sum(partials[lane])",
+    Fault("entries of shared memory that no warp wrote", REDUCE, "warp_reduce(lane < num_warps ? partials[lane] : Op::kNothing, op)", "warp_reduce(partials[lane], op)",
           {"races": NOTHING, "asan": OUTSIDE, "plain": WRONG}),
     Fault("a vector read across the row's end", VECTOR, "  if (aligned && count >= kVectorSize<T>) {\n    vector.bits = *", "  if (aligned && count > 0) {\n    vector.bits = *", {"asan": OUTSIDE}, quick=True),
     Fault("a vector stored across the row's end", VECTOR, "  if (aligned && count >= kVectorSize<T>) {\n    *reinterpret_cast<uint4*>(to)", "  if (aligned && count > 0) {\n    *reinterpret_cast<uint4*>(to)",
