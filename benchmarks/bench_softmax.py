@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import fastattn
 
 from .rows import Variant, row_presets, row_suite
+from .suite import by_backend
 
 
 def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
@@ -18,6 +19,7 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     leaf = x.clone().requires_grad_()
     return {
         "fastattn.softmax": lambda: fastattn.softmax(x, -1),
+        **by_backend("fastattn.softmax", lambda backend: fastattn.softmax(x, -1, backend=backend), device),
         "torch softmax": lambda: F.softmax(x, -1),
         "fastattn.softmax, recording a gradient": lambda: fastattn.softmax(leaf, -1),
         "torch softmax, recording a gradient": lambda: F.softmax(leaf, -1),
@@ -28,13 +30,14 @@ VARIANTS = {
     "softmax": Variant(
         draw=lambda s, randn: ([randn(s.num_rows, s.num_cols)], [randn(s.num_rows, s.num_cols, learnt=False)]),
         reference=fastattn.reference.softmax,
-        ours=lambda x: fastattn.softmax(x, -1),
+        ours=lambda x, **options: fastattn.softmax(x, -1, **options),
         torch=lambda x: F.softmax(x, -1),
         others={
             "Liger": ("liger_kernel.transformers.functional", "liger_softmax", lambda f: f),
             "QuACK": ("quack.softmax", "softmax", lambda f: f),
         },
         traffic=(2, 3),  # x → y; y, dy → dx
+        has_backends=True,
     )
 }
 SUITE = row_suite("softmax", VARIANTS, row_presets(list(VARIANTS)), overhead)

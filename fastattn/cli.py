@@ -115,7 +115,9 @@ _COMPILED = {
 }
 _COMPILED_CUDA = {
     "norm": ("norm_fwd_cuda", "few rows, forward"),
+    "softmax": ("softmax_fwd_cuda", "few rows, forward"),
     "paged_attention": ("paged_attention_cuda", "up to 16 rows of a group"),
+    "append_paged_kv": ("append_paged_kv_cuda", "up to 64 tokens"),
 }
 
 

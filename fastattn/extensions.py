@@ -30,6 +30,11 @@ class Operators:
         if any(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", key) for key in ("CPU", "CUDA")):
             self._found.add(name)
 
+    @property
+    def nothing(self) -> str:
+        """What an operator that is not available does not do, for a caller who asks for it."""
+        return f"anything: {self.why_not or 'it is an older build'}"
+
     def available(self, name: str) -> bool:
         """Whether the operator of that name has its implementation."""
         return name in self._found

@@ -19,7 +19,7 @@ import fastattn
 from fastattn.extensions import cuda_operators
 
 pytestmark = pytest.mark.interpret
-NAMES = {"norm_fwd_cuda"}
+NAMES = {"append_paged_kv_cuda", "norm_fwd_cuda", "paged_attention_cuda", "softmax_fwd_cuda"}
 
 
 @pytest.fixture(scope="session")
@@ -46,22 +46,33 @@ def ran(f) -> list[str]:
 # The choice.
 
 X, WEIGHT = torch.randn(3, 40), torch.randn(40)
+Q, CACHE, TABLE, LENGTHS = torch.randn(2, 1, 4, 16), torch.randn(9, 4, 2, 16), torch.arange(6, dtype=torch.int32).view(2, 3), torch.tensor([9, 4], dtype=torch.int32)
+NEW = torch.randn(2, 3, 2, 16)
 CALLS = {
-    "norm": (lambda backend: fastattn.rms_norm(X, 40, WEIGHT, backend=backend), ["norm_fwd_cuda"]),
+    "norm": (lambda backend: fastattn.rms_norm(X, 40, WEIGHT, backend=backend), "norm_fwd_cuda"),
+    "softmax": (lambda backend: fastattn.softmax(X, -1, backend=backend), "softmax_fwd_cuda"),
+    "paged_attention": (lambda backend: fastattn.paged_attention(Q, CACHE, CACHE, TABLE, LENGTHS, backend=backend), "paged_attention_cuda"),
+    "append_paged_kv": (lambda backend: fastattn.append_paged_kv(NEW, NEW, CACHE.clone(), CACHE.clone(), TABLE, LENGTHS, backend=backend), "append_paged_kv_cuda"),
 }  # fmt: skip
 BEYOND = {
     "norm dropout": (lambda backend: fastattn.add_rms_norm(X, X, 40, dropout_p=0.5, backend=backend), "dropout"),
     "norm dtype": (lambda backend: fastattn.add_rms_norm(X, X.half(), 40, backend=backend), "a residual or a result of another dtype than x's"),
     "norm weights": (lambda backend: fastattn.layer_norm(X, 40, WEIGHT, WEIGHT.half(), backend=backend), "parameters that are neither"),
     "norm strides": (lambda backend: fastattn.rms_norm(X.view(3, 2, 20)[:, :, :19], 19, backend=backend), None),
+    "softmax dim": (lambda backend: fastattn.softmax(X, 0, backend=backend), "another dim than the last"),
+    "softmax gaps": (lambda backend: fastattn.softmax(torch.randn(3, 4, 20)[:, :3], -1, backend=backend), "rows at more than one stride"),
+    "paged int8": (lambda backend: fastattn.paged_attention(Q, *[(CACHE * 20).to(torch.int8)] * 2, TABLE, LENGTHS, backend=backend), "a quantised cache"),
+    "paged D_v": (lambda backend: fastattn.paged_attention(Q, CACHE, CACHE[..., :8].contiguous(), TABLE, LENGTHS, backend=backend), "a D_v that is not D"),
+    "paged rows": (lambda backend: fastattn.paged_attention(Q, *[torch.randn(9, 4, 2, 17)[..., 1:]] * 2, TABLE, LENGTHS, backend=backend), "rows of a cache that do not begin at multiples of 16 bytes"),
+    "append tables": (lambda backend: fastattn.append_paged_kv(NEW, NEW, CACHE.clone(), CACHE.clone(), TABLE, LENGTHS, cos=torch.ones(30, 8).double(), sin=torch.ones(30, 8).double(), backend=backend), "tables in float64"),
     "norm gaps": (lambda backend: fastattn.rms_norm(torch.randn(3, 4, 20)[:, :3], 20, backend=backend), "rows at more than one stride"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_rule_and_the_caller_choose(name, cuda, monkeypatch):
-    call, operators = CALLS[name]
-    assert ran(lambda: call(None)) == operators and ran(lambda: call("cuda")) == operators and ran(lambda: call("triton")) == []
+    call, operator = CALLS[name]
+    assert ran(lambda: call(None)) == [operator] and ran(lambda: call("cuda")) == [operator] and ran(lambda: call("triton")) == []
     with monkeypatch.context() as none:
         none.setattr(cuda_operators, "_found", set())
         assert ran(lambda: call(None)) == []
@@ -87,9 +98,16 @@ def test_a_backend_that_there_is_not(cuda):
         assert name
 
 
-def test_many_rows_are_tritons(cuda):
+def test_what_is_large_is_tritons(cuda):
     x = torch.zeros(1, 1 << 18)
-    assert ran(lambda: fastattn.rms_norm(x[:, : 1 << 17], 1 << 17)) == ["norm_fwd_cuda"] and ran(lambda: fastattn.rms_norm(x, 1 << 18)) == []
+    for op in (lambda x: fastattn.rms_norm(x, x.shape[-1]), lambda x: fastattn.softmax(x, -1)):
+        assert len(ran(lambda: op(x[:, : 1 << 17]))) == 1 and ran(lambda: op(x)) == []  # noqa: B023
+    wide, one = torch.randn(2, 9, 4, 16), torch.tensor([0, 1, 2], dtype=torch.int32)
+    assert ran(lambda: fastattn.paged_attention(wide[:, :8], CACHE, CACHE, TABLE, LENGTHS)) and not ran(lambda: fastattn.paged_attention(wide, CACHE, CACHE, TABLE, LENGTHS))
+    # A fixed split's bits do not depend on the company, and which kernel ran would.
+    assert not ran(lambda: fastattn.paged_attention(Q[:, 0], CACHE, CACHE, TABLE, LENGTHS, cu_seqlens_q=one, max_seqlen_q=1, num_splits=2))
+    many = torch.randn(1, 65, 2, 16)
+    assert not ran(lambda: fastattn.append_paged_kv(many, many, CACHE.clone(), CACHE.clone(), TABLE[:1], LENGTHS[:1]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -125,7 +143,7 @@ def test_norms(shape, dtype, cuda):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("op", ["norm"])
+@pytest.mark.parametrize("op", CALLS)
 def test_an_ops_tests_pass_on_them(op, library):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "(interpret or both) and not more", f"tests/test_{op}.py"],

@@ -6,8 +6,10 @@
 #include <cstring>
 
 #include "../common/tensors.hpp"
+#include "append_paged_kv.hpp"
 #include "norm.hpp"
 #include "paged_attention.hpp"
+#include "softmax.hpp"
 
 namespace fastattn {
 namespace {
@@ -67,7 +69,9 @@ Dtype dtype_of(const Tensor& t, const char* op) {
     case ScalarType::Float: return Dtype::kFloat32;
     case ScalarType::Half: return Dtype::kFloat16;
     case ScalarType::BFloat16: return Dtype::kBFloat16;
-    default: STD_TORCH_CHECK(false, op, ": a tensor is neither float32 nor float16 nor bfloat16");
+    case ScalarType::Char: return Dtype::kInt8;
+    case ScalarType::Float8_e4m3fn: return Dtype::kFloat8E4M3;
+    default: STD_TORCH_CHECK(false, op, ": a tensor has a dtype that no kernel has");
   }
 }
 
@@ -95,6 +99,40 @@ struct Rows {
 };
 
 // --------------------------------------------------------------------------------------------------------------------
+
+// As fastattn::append_paged_kv, whose checks it counts on. Last dims contiguous, cache_seqlens, cu_seqlens and scales whole; scales fp32.
+void append_paged_kv_cuda(
+    Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cache_seqlens, std::optional<Tensor> cu_seqlens,
+    std::optional<Tensor> cos, std::optional<Tensor> sin, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, bool interleaved) {
+  constexpr char kOp[] = "append_paged_kv_cuda";
+  const Device device(k);
+  const int64_t dim = k.dim();
+  STD_TORCH_CHECK(
+      k_cache.scalar_type() == v_cache.scalar_type() && k.scalar_type() == v.scalar_type() && cos.has_value() == sin.has_value() &&
+          (!cos || cos->scalar_type() == sin->scalar_type()),
+      kOp, ": k and v, the caches, and the tables must each have one dtype");
+  AppendPagedKvParams p = {};
+  p.k = k.data_ptr(), p.v = v.data_ptr(), p.k_cache = k_cache.data_ptr(), p.v_cache = v_cache.data_ptr();
+  p.page_table = static_cast<const int32_t*>(page_table.data_ptr());
+  p.cache_seqlens = static_cast<const int32_t*>(cache_seqlens.data_ptr()), p.cu_seqlens = values_of<int32_t>(cu_seqlens);
+  p.cos = values_of<void>(cos), p.sin = values_of<void>(sin);
+  p.k_scale = values_of<float>(k_scale), p.v_scale = values_of<float>(v_scale);
+  p.batch = dim == 4 ? k.size(0) : 1, p.seqlen = k.size(dim - 3), p.num_heads = k.size(dim - 2);
+  p.head_dim = k.size(dim - 1), p.head_dim_v = v.size(dim - 1), p.num_seqs = cache_seqlens.numel();
+  p.num_pages = k_cache.size(0), p.page_size = k_cache.size(1), p.max_pages = page_table.size(1);
+  p.stride_kb = dim == 4 ? k.stride(0) : 0, p.stride_ks = k.stride(dim - 3), p.stride_kh = k.stride(dim - 2);
+  p.stride_vb = dim == 4 ? v.stride(0) : 0, p.stride_vs = v.stride(dim - 3), p.stride_vh = v.stride(dim - 2);
+  p.stride_kcp = k_cache.stride(0), p.stride_kcs = k_cache.stride(1), p.stride_kch = k_cache.stride(2);
+  p.stride_vcp = v_cache.stride(0), p.stride_vcs = v_cache.stride(1), p.stride_vch = v_cache.stride(2);
+  p.stride_page_table = page_table.stride(0);
+  p.dtype = dtype_of(k, kOp), p.cache_dtype = dtype_of(k_cache, kOp);
+  if (cos) {
+    p.table_len = cos->size(0), p.rotary_dim = 2 * cos->size(1), p.table_dtype = dtype_of(*cos, kOp);
+    p.stride_cos = cos->stride(0), p.stride_sin = sin->stride(0);
+  }
+  p.interleaved = interleaved;
+  check(append_paged_kv(p, device.stream()), kOp);
+}
 
 // y, h and statistics as fastattn::norm_fwd, all in x's dtype; h is empty without a residual.
 std::tuple<Tensor, Tensor, Tensor> norm_fwd_cuda(
@@ -189,13 +227,29 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
   return {out, lse};
 }
 
+// Over x's last dim, in x's dtype or fp32.
+Tensor softmax_fwd_cuda(Tensor x, ScalarType dtype) {
+  constexpr char kOp[] = "softmax_fwd_cuda";
+  const Device device(x);
+  const Rows rows(x, kOp);
+  const Tensor y = device.empty(x.sizes(), dtype);
+  SoftmaxParams p = {};
+  p.x = x.data_ptr(), p.y = y.data_ptr();
+  p.num_rows = rows.num_rows, p.num_cols = p.stride_y = rows.num_cols, p.stride_x = rows.stride;
+  p.dtype = dtype_of(x, kOp), p.y_dtype = dtype_of(y, kOp);
+  check(softmax_fwd(p, device.stream()), kOp);
+  return y;
+}
+
 #ifdef FASTATTN_CUDA_ON_CPU
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
 #endif
+  m.impl("append_paged_kv_cuda", TORCH_BOX(&append_paged_kv_cuda));
   m.impl("norm_fwd_cuda", TORCH_BOX(&norm_fwd_cuda));
   m.impl("paged_attention_cuda", TORCH_BOX(&paged_attention_cuda));
+  m.impl("softmax_fwd_cuda", TORCH_BOX(&softmax_fwd_cuda));
 }
 
 }  // namespace

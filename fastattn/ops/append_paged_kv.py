@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastattn.cpu import append_paged_kv as cpu
+from fastattn.cuda import append_paged_kv as cuda
 
 from . import checks
-from .dispatch import checks_values, describe, log, runs_kernels
+from .dispatch import checks_values, chooses_cuda, describe, log, runs_kernels
 from .operator import define, operators
 
 OP = "append_paged_kv"
@@ -20,19 +22,20 @@ CACHE_DTYPES = (*checks.FLOAT_DTYPES, torch.int8, torch.float8_e4m3fn)
 def _append_paged_kv(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, cache_seqlens: Tensor, cu_seqlens: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, interleaved: bool,
+    backend: str | None = None,
 ) -> None:  # fmt: skip
-    if log.isEnabledFor(logging.INFO):
-        log.info("append_paged_kv: k %s v %s k_cache %s cos %s", *map(describe, (k, v, k_cache, cos)))
     if checks_values(k):
         _check_values(k, cache_seqlens, cu_seqlens, cos)
-    implementation = cpu
-    if runs_kernels(k):
-        from fastattn.kernels import (
-            append_paged_kv as implementation,  # here, so that `import fastattn` needs no Triton
-        )
-    implementation.append_paged_kv(
-        k, v, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens, cos, sin, k_scale, v_scale, interleaved
-    )
+    if not runs_kernels(k):
+        append_paged_kv = cpu.append_paged_kv
+    elif chooses_cuda(OP, backend, cuda.limit(cos, sin), cuda.is_chosen(k)):
+        append_paged_kv = cuda.append_paged_kv
+    else:
+        from fastattn.kernels.append_paged_kv import append_paged_kv  # here, so that `import fastattn` needs no Triton
+    if log.isEnabledFor(logging.INFO):
+        given = map(describe, (k, v, k_cache, cos))
+        log.info("append_paged_kv: k %s v %s k_cache %s cos %s, by %s", *given, append_paged_kv.__module__)
+    append_paged_kv(k, v, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens, cos, sin, k_scale, v_scale, interleaved)
     torch.autograd.graph.increment_version((k_cache, v_cache))  # what was saved for a backward is no longer what it was
 
 
@@ -57,7 +60,8 @@ def _fake(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) ->
 
 define(
     "append_paged_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor cache_seqlens,"
-    " Tensor? cu_seqlens, Tensor? cos, Tensor? sin, Tensor? k_scale, Tensor? v_scale, bool interleaved) -> ()",
+    " Tensor? cu_seqlens, Tensor? cos, Tensor? sin, Tensor? k_scale, Tensor? v_scale, bool interleaved, "
+    "str? backend=None) -> ()",
     _append_paged_kv,
     _fake,
 )
@@ -183,6 +187,7 @@ def append_paged_kv(
     interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    backend: Literal["triton", "cuda"] | None = None,
 ) -> None:
     """New keys and values into a paged cache, in place, in one launch; keys rotated on the way where tables are given, and both quantised
     where the cache is.
@@ -206,12 +211,15 @@ def append_paged_kv(
             the CPU the new positions have to lie in the tables; on CUDA a key whose position does not is stored as it is.
         interleaved: the pairs are columns (0, 1), (2, 3), … (GPT-J), not (0, R/2), (1, R/2 + 1), … (GPT-NeoX, Llama).
         k_scale, v_scale: (H_kv,) float32: what is stored is the value divided by its head's scale. None is 1.
+        backend: which of two kernels runs on CUDA tensors. None: CUDA C++ for up to 64 tokens, as its launch takes less of the host, where it
+            is built and does what is asked (`fastattn.cuda.append_paged_kv.limit`), else Triton. What is named runs or raises.
 
     Numerics: fp32 inside, one rounding, to nearest even. int8 and float8_e4m3fn saturate, at −128 and 127, and ±448. A NaN is a NaN, and 0
     in int8.
 
     Raises:
         TypeError: a dtype or type that is not as above. ValueError: anything else, such as a cache that requires a gradient.
+        NotImplementedError: backend="cuda" is not built, or does not do this.
 
     Source: Kwon et al., arXiv 2309.06180 (paged caches).
 
@@ -227,7 +235,8 @@ def append_paged_kv(
     _check_tables(k, cos, sin)
     _check_scale("k_scale", k_scale, k)
     _check_scale("v_scale", v_scale, k)
+    checks.check_backend(OP, backend, k, runs_kernels(k))
     tensors = (None if t is None else t.detach() for t in (cos, sin, k_scale, v_scale))
     operators.append_paged_kv(
-        k.detach(), v.detach(), k_cache, v_cache, page_table, cache_seqlens, cu_seqlens, *tensors, bool(interleaved)
+        k.detach(), v.detach(), k_cache, v_cache, page_table, cache_seqlens, cu_seqlens, *tensors, bool(interleaved), backend
     )

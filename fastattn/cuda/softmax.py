@@ -1,0 +1,33 @@
+"""Softmax of rows in CUDA C++ (csrc/cuda/softmax.cu), forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.extensions import cuda_operators
+
+from .rows import LAUNCH_BOUND_BYTES, lie_at_one_stride
+
+cuda_operators.define("softmax_fwd_cuda(Tensor x, ScalarType dtype) -> Tensor")
+
+
+def limit(x: Tensor, dim: int) -> str | None:
+    """What of a call the kernel does not do, or None."""
+    if not cuda_operators.available("softmax_fwd_cuda"):
+        return cuda_operators.nothing
+    if dim != x.dim() - 1:
+        return "another dim than the last"
+    if not lie_at_one_stride(x):
+        return "rows at more than one stride"
+    return None
+
+
+def is_chosen(x: Tensor) -> bool:
+    """Where launching takes longer than the rows: C++ needs a fraction of what Python does to launch."""
+    return x.numel() * x.element_size() <= LAUNCH_BOUND_BYTES
+
+
+def softmax_fwd(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """As the Triton kernel's, within the limits above."""
+    return torch.ops.fastattn.softmax_fwd_cuda(x, dtype)
