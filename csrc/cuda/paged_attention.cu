@@ -6,12 +6,12 @@
 //   row r of a tile is query r / G of head r mod G of a group: the G query heads that share keys read them once
 //
 // by the online softmax (arXiv 1805.02867) in fp32 and base 2. A tile's keys are divided among `num_splits` blocks, those of a block among
-// its warps, in turns of as many as a warp holds in one stage. Nothing waits for another warp until the keys are done: each has stages of
-// its own, which cp.async fills two ahead, keys and values apart, from page ids that are loaded one stage earlier still. Then the block
-// puts its warps together, and the last block of a tile to end, which a counter tells, puts the splits together in their order. A sequence too short for all of its splits is
-// shared by fewer, and by one without anything left to merge.
+// its warps, which take turns at as many as a stage holds. No warp waits for another until the keys are done: each has stages of its own,
+// which cp.async fills two ahead, keys and values apart, from page ids that are loaded one stage earlier still. Then the block puts its
+// warps together, and the last block of a tile to end, which a counter tells, the splits, in their order: one launch, since decoding is
+// latency. A sequence too short for all of its splits is shared by fewer, and by one with nothing to merge.
 //
-// Floor: 2·Σ seqlens_k·H_kv·D·itemsize bytes, the visible keys and values, each once a tile.
+// Floor: 2·Σ seqlens_k·H_kv·D·itemsize bytes, the visible keys and values, once a tile. Partial results add 8 bytes a split and entry of out.
 
 #include "paged_attention.hpp"
 
@@ -98,12 +98,22 @@ struct Row {
         scale(a.k_scale == nullptr ? a.score_scale : a.score_scale * a.k_scale[w.kv_head]),
         cap(a.cap) {}
 
-  // In base 2, and −∞ where the row does not see key j.
-  __device__ __forceinline__ float score(float product, int32_t j, bool exists) const {
-    float s = product * scale;
-    if (cap > 0.0f) s = tanhf(s) * cap;
-    s -= slope * fabsf(static_cast<float>(diagonal - j));
-    return exists && j >= first_key && j <= last_key ? s : -INFINITY;
+  // Products to scores in base 2.
+  template <int N>
+  __device__ __forceinline__ void scale_products(float* products) const {
+    if (cap > 0.0f) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) products[i] = tanhf(products[i] * scale) * cap;
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) products[i] *= scale;
+    }
+  }
+
+  // Less the bias, and −∞ where the row does not see key j.
+  __device__ __forceinline__ float masked(float score, int32_t j, bool exists) const {
+    score -= slope * fabsf(static_cast<float>(diagonal - j));
+    return exists && j >= first_key && j <= last_key ? score : -INFINITY;
   }
 
   __device__ __forceinline__ int64_t token(const Work& w) const { return w.first_token + i; }
@@ -131,14 +141,25 @@ __device__ __forceinline__ int32_t page_of(const Args& a, const Work& w, int32_t
   return page >= 0 && page < a.num_pages ? page : -1;
 }
 
-// 16 bytes of key j from entry `col` on, or zeros where there is no page or no such entry.
-template <class T>
-__device__ __forceinline__ void copy_chunk(void* target, const Args& a, const Work& w, const Cache<T>& cache, int32_t page, int32_t j, int col) {
-  const bool exists = page >= 0 && col < a.head_dim;
-  const int32_t place = j + w.leftpad;
-  const int32_t in_page = a.page_divider.remainder(place, a.page_divider.quotient(place));
-  const T* source = cache.rows + page * cache.page_stride + in_page * cache.row_stride + col;
-  cp_async::copy16(target, exists ? source : cache.rows, exists ? 16 : 0);
+// Copies the keys or values of a stage. Lane l has the page of the stage's key l, and finds its row for all: copy i of a lane, to target(i,
+// key), is 16 bytes of key i·(32 / kLanes) + lane / kLanes, those after its kLanes-th neighbour's; zeros where there is no page, or no such
+// entry. A stage without keys makes an empty group: wait counts them.
+template <int kCopies, int kLanes, class T, class Target>
+__device__ __forceinline__ void copy_stage(const Args& a, const Work& w, const Cache<T>& cache, int32_t page, int32_t start, const Target& target) {
+  if (start < w.end) {
+    const int lane = threadIdx.x % kWarpSize, col = lane % kLanes * kVectorSize<T>;
+    const int32_t place = start + lane + w.leftpad, in_page = a.page_divider.remainder(place, a.page_divider.quotient(place));
+    const int64_t my_row = page < 0 ? -1 : page * cache.page_stride + in_page * cache.row_stride;
+    const bool in_row = col < a.head_dim;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int key = i * (kWarpSize / kLanes) + lane / kLanes;
+      const int64_t row = __shfl_sync(kFullMask, my_row, key);
+      const bool exists = in_row && row >= 0;
+      cp_async::copy16(target(i, key), exists ? cache.rows + row + col : cache.rows, exists ? 16 : 0);
+    }
+  }
+  cp_async::commit();
 }
 
 __device__ __forceinline__ float finite_or_zero(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }  // no −∞ − −∞
@@ -311,34 +332,20 @@ __global__ void __launch_bounds__(kThreads, kRows < 4 ? 4 : kRows == 4 ? 3 : 2) 
 
   uint4* const stages = dynamic_shared<uint4>() + threadIdx.x;
   const auto chunk = [&](int stage, int half, int pass) { return stages + ((stage * 2 + half) * kPasses + pass) * kThreads; };
-  const auto key_of = [&](int32_t start, int pass) { return start + pass * kGroups + group; };
-  const auto load_pages = [&](int32_t (&pages)[kPasses], int32_t start) {
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) pages[pass] = page_of(a, w, key_of(start, pass));
-  };
-  const auto copy = [&](const Cache<T>& cache, const int32_t (&pages)[kPasses], int32_t start, int stage, int half) {
-    if (start < w.end) {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) copy_chunk(chunk(stage, half, pass), a, w, cache, pages[pass], key_of(start, pass), col);
-    }
-    cp_async::commit();  // also where there is nothing to copy: wait counts groups
-  };
-  const auto bits_of = [](const int32_t (&pages)[kPasses]) {
-    unsigned bits = 0;
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) bits |= static_cast<unsigned>(pages[pass] >= 0) << pass;
-    return bits;
+  const auto load_page = [&](int32_t start) { return lane < kKeys ? page_of(a, w, start + lane) : -1; };
+  const auto copy = [&](const Cache<T>& cache, int32_t page, int32_t start, int stage, int half) {
+    copy_stage<kPasses, kLanes>(a, w, cache, page, start, [&](int pass, int) { return chunk(stage, half, pass); });
   };
 
   constexpr int kStep = kWarps * kKeys;
   int32_t start = w.begin + warp * kKeys;
-  int32_t pages[kPasses], second[kPasses];
-  load_pages(pages, start);
-  load_pages(second, start + kStep);
-  unsigned exists = bits_of(pages) | bits_of(second) << kPasses;  // which keys have a page, stage by stage
-  copy(keys, pages, start, 0, 0);
-  copy(values, pages, start, 0, 1);
-  load_pages(pages, start + 2 * kStep);
+  int32_t page = load_page(start);
+  const int32_t second = load_page(start + kStep);
+  // Which keys have a page, of this stage and the next.
+  unsigned exists = __ballot_sync(kFullMask, page >= 0), exists_next = __ballot_sync(kFullMask, second >= 0);
+  copy(keys, page, start, 0, 0);
+  copy(values, page, start, 0, 1);
+  page = load_page(start + 2 * kStep);
   copy(keys, second, start + kStep, 1, 0);
   copy(values, second, start + kStep, 1, 1);
 
@@ -362,16 +369,18 @@ __global__ void __launch_bounds__(kThreads, kRows < 4 ? 4 : kRows == 4 ? 3 : 2) 
       }
     }
     scatter_sums<kLanes, kRows * kPasses>(products, lane);
-    copy(keys, pages, start + 2 * kStep, stage, 0);  // where the thread itself has read these, and nobody else has
-    exists |= bits_of(pages) << 2 * kPasses;
+    copy(keys, page, start + 2 * kStep, stage, 0);  // where the thread itself has read these, and nobody else has
 
+    row.scale_products<kOwned>(products);
     float weights[kOwned], new_max = row_max;
 #pragma unroll
     for (int o = 0; o < kOwned; ++o) {
-      weights[o] = row.score(products[o], key_of(start, my_pass + o), exists >> (my_pass + o) & 1);
+      const int key = (my_pass + o) * kGroups + group;
+      weights[o] = row.masked(products[o], start + key, exists >> key & 1);
       new_max = fmaxf(new_max, weights[o]);
     }
-    exists >>= kPasses;
+    exists = exists_next;
+    exists_next = __ballot_sync(kFullMask, page >= 0);
 #pragma unroll
     for (int distance = kSame; distance < kWarpSize; distance *= 2)
       if (distance < kRowLanes || distance >= kLanes) new_max = fmaxf(new_max, __shfl_xor_sync(kFullMask, new_max, distance));
@@ -404,8 +413,8 @@ __global__ void __launch_bounds__(kThreads, kRows < 4 ? 4 : kRows == 4 ? 3 : 2) 
         for (int i = 0; i < kWidth; ++i) acc[r][i] += weight * v[i];
       }
     }
-    copy(values, pages, start + 2 * kStep, stage, 1);
-    load_pages(pages, start + 3 * kStep);
+    copy(values, page, start + 2 * kStep, stage, 1);
+    page = load_page(start + 3 * kStep);
   }
 
 #pragma unroll
@@ -445,7 +454,7 @@ __device__ __forceinline__ int swizzled(int row, int col) {
 // keys t and t + 1 of c is the same of a. Keys and values of kLanes·8 entries, those past head_dim zeros, lie in stages of the warp's own.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
-  constexpr int kDim = kLanes * 8, kKeys = kStageChunks / kLanes, kKeysOfCopy = kWarpSize / kLanes, kStep = kWarps * kKeys;
+  constexpr int kDim = kLanes * 8, kKeys = kStageChunks / kLanes, kStep = kWarps * kKeys;
   const Work w(a, kMmaRows, kStep);
   if (w.is_nothing()) return;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -454,24 +463,16 @@ __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
   uint4* const memory = dynamic_shared<uint4>();
   const auto tile = [&](int stage, int half) { return memory + ((stage * 2 + half) * kWarps + warp) * kStageChunks; };
 
-  // A lane has the page of one key of a stage.
   const auto load_page = [&](int32_t start) { return lane < kKeys ? page_of(a, w, start + lane) : -1; };
   const auto copy = [&](const Cache<T>& cache, int32_t page, int32_t start, int stage, int half) {
-    if (start < w.end) {
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const int key = i * kKeysOfCopy + lane / kLanes, col = lane % kLanes;
-        copy_chunk(tile(stage, half) + swizzled<kLanes>(key, col), a, w, cache, __shfl_sync(kFullMask, page, key), start + key, col * 8);
-      }
-    }
-    cp_async::commit();  // also where there is nothing to copy: wait counts groups
+    copy_stage<kCopies, kLanes>(a, w, cache, page, start, [&](int, int key) { return tile(stage, half) + swizzled<kLanes>(key, lane % kLanes); });
   };
 
   int32_t start = w.begin + warp * kKeys;
   int32_t page = load_page(start);
   const int32_t second = load_page(start + kStep);
-  // Which keys have a page, of this stage, the next, and the one after.
-  unsigned exists = __ballot_sync(kFullMask, page >= 0), exists_next = __ballot_sync(kFullMask, second >= 0), exists_last = 0;
+  // Which keys have a page, of this stage and the next.
+  unsigned exists = __ballot_sync(kFullMask, page >= 0), exists_next = __ballot_sync(kFullMask, second >= 0);
   copy(keys, page, start, 0, 0);
   copy(values, page, start, 0, 1);
   page = load_page(start + 2 * kStep);
@@ -508,20 +509,20 @@ __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
     }
     __syncwarp();  // no lane reads these keys any more
     copy(keys, page, start + 2 * kStep, stage, 0);
-    exists_last = __ballot_sync(kFullMask, page >= 0);
 
+    rows[0].scale_products<kKeys / 2>(scores[0]);
     float new_max[2] = {row_max[0], row_max[1]};
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = n * 8 + lane % 4 * 2 + i % 2;
-        scores[n][i] = rows[i / 2].score(scores[n][i], start + key, exists >> key & 1);
+        scores[n][i] = rows[i / 2].masked(scores[n][i], start + key, exists >> key & 1);
         new_max[i / 2] = fmaxf(new_max[i / 2], scores[n][i]);
       }
     }
     exists = exists_next;
-    exists_next = exists_last;
+    exists_next = __ballot_sync(kFullMask, page >= 0);
     float shift[2], fade[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -631,14 +632,16 @@ cudaError_t launch_tiles(const Args& a, unsigned blocks, cudaStream_t stream) {
 
 // Whether rows that lie at these strides begin at multiples of 16 bytes, `width` entries. Strides of dims of one entry may be anything.
 bool are_rows_aligned(const PagedAttentionParams& p, const void* cache, int64_t page, int64_t row, int64_t head, int width) {
-  const auto fits = [&](int64_t size, int64_t stride) { return size <= 1 || stride % width == 0; };
+  const auto fits = [&](int64_t size, int64_t stride) { return size <= 1 || (stride >= 0 && stride % width == 0); };
   return is_aligned(cache) && fits(p.num_pages, page) && fits(p.page_size, row) && fits(p.num_kv_heads, head);
 }
 
 }  // namespace
 
 int32_t paged_attention_tile_rows(int64_t rows, int64_t head_dim, Dtype dtype) {
-  if (rows > 4 && head_dim <= 128 && dtype != Dtype::kFloat32) return kMmaRows;
+  // Static: a key of head dim 128 takes a warp 61, 73 and 96 instructions for 1, 2 and 4 rows on CUDA cores (sm_90's SASS), and 60 for 16 on
+  // tensor cores. An H100's memory leaves its multiprocessors time for some 130.
+  if (rows > 2 && head_dim <= 128 && dtype != Dtype::kFloat32) return kMmaRows;
   return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
 }
 
