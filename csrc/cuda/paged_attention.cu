@@ -11,7 +11,8 @@
 // warps together, and the last block of a tile to end, which a counter tells, the splits, in their order: one launch, since decoding is
 // latency. A sequence too short for all of its splits is shared by fewer, and by one with nothing to merge.
 //
-// Floor: 2·Σ seqlens_k·H_kv·D·itemsize bytes, the visible keys and values, once a tile. Partial results add 8 bytes a split and entry of out.
+// Floor: 2·Σ seqlens_k·H_kv·D·itemsize bytes, the visible keys and values, once a tile. Partial results add 8 bytes a split and entry of
+// out.
 
 #include "paged_attention.hpp"
 
@@ -145,7 +146,8 @@ __device__ __forceinline__ int32_t page_of(const Args& a, const Work& w, int32_t
 // key), is 16 bytes of key i·(32 / kLanes) + lane / kLanes, those after its kLanes-th neighbour's; zeros where there is no page, or no such
 // entry. A stage without keys makes an empty group: wait counts them.
 template <int kCopies, int kLanes, class T, class Target>
-__device__ __forceinline__ void copy_stage(const Args& a, const Work& w, const Cache<T>& cache, int32_t page, int32_t start, const Target& target) {
+__device__ __forceinline__ void copy_stage(
+    const Args& a, const Work& w, const Cache<T>& cache, int32_t page, int32_t start, const Target& target) {
   if (start < w.end) {
     const int lane = threadIdx.x % kWarpSize, col = lane % kLanes * kVectorSize<T>;
     const int32_t place = start + lane + w.leftpad, in_page = a.page_divider.remainder(place, a.page_divider.quotient(place));
@@ -192,7 +194,8 @@ struct Shared {
 
 // out = values·factor from entry `col` on.
 template <class T>
-__device__ __forceinline__ void store_out(const Args& a, const Work& w, const Row& row, int col, float (&values)[kVectorSize<T>], float factor) {
+__device__ __forceinline__ void store_out(
+    const Args& a, const Work& w, const Row& row, int col, float (&values)[kVectorSize<T>], float factor) {
 #pragma unroll
   for (int i = 0; i < kVectorSize<T>; ++i) values[i] *= factor;
   T* out = static_cast<T*>(a.out) + (row.token(w) * a.num_heads + row.head) * a.head_dim + col;
@@ -271,7 +274,8 @@ __device__ __forceinline__ void finish(const Args& a, const Work& w, float* part
       const float weight = exp2f(shared.row_max[warp][index] - shift);
       total += part * weight;
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) add_floats(sum, weight, parts + ((warp * kGroups + group) * kRows + index) * kLanes * kWidth + col);
+      for (int group = 0; group < kGroups; ++group)
+        add_floats(sum, weight, parts + ((warp * kGroups + group) * kRows + index) * kLanes * kWidth + col);
     }
     const float factor = total == 0.0f ? 0.0f : (a.v_scale == nullptr ? 1.0f : a.v_scale[w.kv_head]) / total;
     const float lse = total == 0.0f ? -INFINITY : largest + log2f(total);
@@ -305,8 +309,8 @@ constexpr size_t kCoreBytes = size_t{kStages} * 2 * kPasses * kThreads * 16;  //
 
 // kLanes lanes have a key, each 16 bytes of it, so that a warp has 32 / kLanes keys in a pass: the same lanes copy, multiply and add up the
 // same bytes, and see none but their own; a stage needs no barrier. A key's scores are summed over its lanes so that each lane is left
-// with its share of a tile's scores (scatter_sums): row by its highest bits, then pass. It masks and exponentiates those alone, and the lanes
-// get the weights by shuffles.
+// with its share of a tile's scores (scatter_sums): row by its highest bits, then pass. It masks and exponentiates those alone, and the
+// lanes get the weights by shuffles.
 template <class T, int kLanes, int kRows>
 __global__ void __launch_bounds__(kThreads, kRows < 4 ? 4 : kRows == 4 ? 3 : 2) cores_kernel(const Args a) {
   constexpr int kWidth = kVectorSize<T>, kGroups = kWarpSize / kLanes, kKeys = kPasses * kGroups;
@@ -450,8 +454,8 @@ __device__ __forceinline__ int swizzled(int row, int col) {
   return row * kLanes + (col ^ (row & 7));
 }
 
-// Scores are a product of 16 rows and a stage's keys, and the weights' product with its values follows in the same registers: what is row g,
-// keys t and t + 1 of c is the same of a. Keys and values of kLanes·8 entries, those past head_dim zeros, lie in stages of the warp's own.
+// Scores are a product of 16 rows and a stage's keys, and the weights' product with its values follows in the same registers: what is rows
+// and keys of c is the same of a. Keys and values of kLanes·8 entries, those past head_dim zeros, lie in stages of the warp's own.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
   constexpr int kDim = kLanes * 8, kKeys = kStageChunks / kLanes, kStep = kWarps * kKeys;
@@ -465,7 +469,8 @@ __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
 
   const auto load_page = [&](int32_t start) { return lane < kKeys ? page_of(a, w, start + lane) : -1; };
   const auto copy = [&](const Cache<T>& cache, int32_t page, int32_t start, int stage, int half) {
-    copy_stage<kCopies, kLanes>(a, w, cache, page, start, [&](int, int key) { return tile(stage, half) + swizzled<kLanes>(key, lane % kLanes); });
+    const auto target = [&](int, int key) { return tile(stage, half) + swizzled<kLanes>(key, lane % kLanes); };
+    copy_stage<kCopies, kLanes>(a, w, cache, page, start, target);
   };
 
   int32_t start = w.begin + warp * kKeys;
@@ -552,7 +557,8 @@ __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       const float(&low)[4] = scores[2 * k], (&high)[4] = scores[2 * k + 1];
-      const uint32_t weights[4] = {mma::pack<T>(low[0], low[1]), mma::pack<T>(low[2], low[3]), mma::pack<T>(high[0], high[1]), mma::pack<T>(high[2], high[3])};
+      const uint32_t weights[4] = {mma::pack<T>(low[0], low[1]), mma::pack<T>(low[2], low[3]), mma::pack<T>(high[0], high[1]),
+                                   mma::pack<T>(high[2], high[3])};
 #pragma unroll
       for (int n = 0; n < kDim / 8; n += 2) {
         uint32_t both[4];  // 16 keys, of entries 8·n and 8 more
@@ -596,33 +602,35 @@ __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
 
 int64_t rows_of(const PagedAttentionParams& p) { return p.num_kv_heads == 0 ? 0 : p.seqlen_q * (p.num_heads / p.num_kv_heads); }
 
+// Whether tensor cores take more than two rows. Static: a key of head dim 128 takes a warp 61, 73 and 96 instructions for 1, 2 and 4 rows on
+// CUDA cores (sm_90's SASS), and 60 for 16 on tensor cores. An H100's memory leaves its multiprocessors time for some 130.
+template <class T>
+constexpr bool has_mma(int64_t head_dim) {
+  return sizeof(T) == 2 && head_dim <= 128;
+}
+
 template <class T, int kLanes>
 cudaError_t launch_cores(const Args& a, unsigned blocks, cudaStream_t stream) {
   const auto run = [&](void (*kernel)(Args)) { return launch(kernel, dim3(blocks), dim3(kThreads), kCoreBytes, stream, a); };
-  switch (a.tile_rows) {
-    case 1: return run(cores_kernel<T, kLanes, 1>);
-    case 2: return run(cores_kernel<T, kLanes, 2>);
-    case 4: return run(cores_kernel<T, kLanes, 4>);
-    case 8: return run(cores_kernel<T, kLanes, 8>);
+  if (a.tile_rows == 1) return run(cores_kernel<T, kLanes, 1>);
+  if (a.tile_rows == 2) return run(cores_kernel<T, kLanes, 2>);
+  if constexpr (!has_mma<T>(kLanes * kVectorSize<T>)) {
+    if (a.tile_rows == 4) return run(cores_kernel<T, kLanes, 4>);
+    if (a.tile_rows == 8) return run(cores_kernel<T, kLanes, 8>);
   }
   return cudaErrorInvalidValue;
 }
 
 template <class T>
 cudaError_t launch_mma(const Args& a, unsigned blocks, cudaStream_t stream) {
-  const auto run = [&](void (*kernel)(Args), int lanes) { return launch(kernel, dim3(blocks), dim3(kThreads), mma_bytes(lanes), stream, a); };
-  if (a.head_dim <= 64) return run(mma_kernel<T, 8>, 8);
-  if (a.head_dim <= 128) return run(mma_kernel<T, 16>, 16);
-  return cudaErrorInvalidValue;
-}
-template <>
-cudaError_t launch_mma<float>(const Args&, unsigned, cudaStream_t) {
-  return cudaErrorInvalidValue;
+  if (a.head_dim <= 64) return launch(mma_kernel<T, 8>, dim3(blocks), dim3(kThreads), mma_bytes(8), stream, a);
+  return launch(mma_kernel<T, 16>, dim3(blocks), dim3(kThreads), mma_bytes(16), stream, a);
 }
 
 template <class T>
 cudaError_t launch_tiles(const Args& a, unsigned blocks, cudaStream_t stream) {
-  if (a.tile_rows == kMmaRows) return launch_mma<T>(a, blocks, stream);
+  if constexpr (has_mma<T>(0))
+    if (a.tile_rows == kMmaRows && has_mma<T>(a.head_dim)) return launch_mma<T>(a, blocks, stream);
   const int64_t chunks = a.head_dim / kVectorSize<T>;
   if (chunks <= 8) return launch_cores<T, 8>(a, blocks, stream);
   if (chunks <= 16) return launch_cores<T, 16>(a, blocks, stream);
@@ -639,10 +647,9 @@ bool are_rows_aligned(const PagedAttentionParams& p, const void* cache, int64_t 
 }  // namespace
 
 int32_t paged_attention_tile_rows(int64_t rows, int64_t head_dim, Dtype dtype) {
-  // Static: a key of head dim 128 takes a warp 61, 73 and 96 instructions for 1, 2 and 4 rows on CUDA cores (sm_90's SASS), and 60 for 16 on
-  // tensor cores. An H100's memory leaves its multiprocessors time for some 130.
-  if (rows > 2 && head_dim <= 128 && dtype != Dtype::kFloat32) return kMmaRows;
-  return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
+  if (rows <= 2) return rows <= 1 ? 1 : 2;
+  if (dtype == Dtype::kFloat32 ? has_mma<float>(head_dim) : has_mma<__half>(head_dim)) return kMmaRows;
+  return rows <= 4 ? 4 : 8;
 }
 
 int64_t paged_attention_tiles(const PagedAttentionParams& p) {
@@ -674,7 +681,7 @@ cudaError_t paged_attention(const PagedAttentionParams& p, cudaStream_t stream) 
   a.group = static_cast<int32_t>(p.num_heads / p.num_kv_heads);
   a.num_tiles = static_cast<int32_t>(tiles_of_group);
   a.capacity = p.max_pages > kPagedMaxKeys / page_size ? kMostKeys : static_cast<int32_t>(p.max_pages * page_size);
-  const auto clamped = [](int64_t bound, int32_t most) { return bound > most ? most : bound < -most ? -most : static_cast<int32_t>(bound); };
+  const auto clamped = [](int64_t bound, int64_t most) { return static_cast<int32_t>(min(max(bound, -most), most)); };
   a.left = clamped(p.window_left, kMostKeys);
   a.right = clamped(p.window_right, kMostKeys - 1);
   const bool is_capped = p.softcap > 0.0f;
