@@ -69,8 +69,8 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   cuda_on_cpu::warp_together("mma", &given, on_cpu::multiply<T>);
 }
 
-// Four 8×8 tiles of 16 bits from shared memory: lane l gives the address of row l mod 8 of tile l / 8, at a multiple of 16, and gets of each
-// tile the pair (g, t).
+// Four 8×8 tiles of 16 bits from shared memory: lane l gives the address of row l mod 8 of tile l / 8, at a multiple of 16, and gets of
+// each tile the pair (g, t).
 inline void load_tiles(uint32_t (&to)[4], const void* row) {
   const void* rows[kWarpSize];
   cuda_on_cpu::warp_addresses("ldmatrix", row, rows);

@@ -28,8 +28,8 @@ __device__ __forceinline__ float warp_sum(float value) { return warp_reduce(valu
 __device__ __forceinline__ float warp_max(float value) { return warp_reduce(value, Max{}); }
 
 // values[0, kCount) summed over each group of kLanes neighbouring lanes. A lane keeps only its share of the sums, in the first places: the
-// values are halved while the lanes are, so that kCount sums take about kCount shuffles and not kCount·log kLanes. The lane's bits, from the
-// group's highest on, are the highest of its sums' numbers: of 8 sums over 16 lanes, lane l has sum l/2. All lanes of the warp must call.
+// values are halved while the lanes are, so that kCount sums take about kCount shuffles and not kCount·log kLanes. The lane's bits, from
+// the group's highest on, are the highest of its sums' numbers: of 8 sums over 16 lanes, lane l has sum l/2. All lanes of the warp must call.
 template <int kLanes, int kCount, int kSize>
 __device__ __forceinline__ void scatter_sums(float (&values)[kSize], int lane) {
   static_assert((kLanes & (kLanes - 1)) == 0 && (kCount & (kCount - 1)) == 0 && kCount <= kSize, "powers of two");

@@ -6,12 +6,13 @@
 //   row r of a tile is query r / G of head r mod G of a group: the G query heads that share keys read them once
 //
 // by the online softmax (arXiv 1805.02867) in fp32 and base 2. A tile's keys are divided among `num_splits` blocks, those of a block among
-// its warps, in turns of as many as a warp holds in one stage. Nothing waits for another warp until the keys are done: each has stages of
-// its own, which cp.async fills two ahead, keys and values apart, from page ids that are loaded one stage earlier still. Then the block
-// puts its warps together, and the last block of a tile to end, which a counter tells, puts the splits together in their order. A sequence too short for all of its splits is
-// shared by fewer, and by one without anything left to merge.
+// its warps, which take turns at as many as a stage holds. No warp waits for another until the keys are done: each has stages of its own,
+// which cp.async fills two ahead, keys and values apart, from page ids that are loaded one stage earlier still. Then the block puts its
+// warps together, and the last block of a tile to end, which a counter tells, the splits, in their order: one launch, since decoding is
+// latency. A sequence too short for all of its splits is shared by fewer, and by one with nothing to merge.
 //
-// Floor: 2·Σ seqlens_k·H_kv·D·itemsize bytes, the visible keys and values, each once a tile.
+// Floor: 2·Σ seqlens_k·H_kv·D·itemsize bytes, the visible keys and values, once a tile. Partial results add 8 bytes a split and entry of
+// out.
 
 #include "paged_attention.hpp"
 
@@ -98,12 +99,22 @@ struct Row {
         scale(a.k_scale == nullptr ? a.score_scale : a.score_scale * a.k_scale[w.kv_head]),
         cap(a.cap) {}
 
-  // In base 2, and −∞ where the row does not see key j.
-  __device__ __forceinline__ float score(float product, int32_t j, bool exists) const {
-    float s = product * scale;
-    if (cap > 0.0f) s = tanhf(s) * cap;
-    s -= slope * fabsf(static_cast<float>(diagonal - j));
-    return exists && j >= first_key && j <= last_key ? s : -INFINITY;
+  // Products to scores in base 2.
+  template <int N>
+  __device__ __forceinline__ void scale_products(float* products) const {
+    if (cap > 0.0f) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) products[i] = tanhf(products[i] * scale) * cap;
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) products[i] *= scale;
+    }
+  }
+
+  // Less the bias, and −∞ where the row does not see key j.
+  __device__ __forceinline__ float masked(float score, int32_t j, bool exists) const {
+    score -= slope * fabsf(static_cast<float>(diagonal - j));
+    return exists && j >= first_key && j <= last_key ? score : -INFINITY;
   }
 
   __device__ __forceinline__ int64_t token(const Work& w) const { return w.first_token + i; }
@@ -131,14 +142,26 @@ __device__ __forceinline__ int32_t page_of(const Args& a, const Work& w, int32_t
   return page >= 0 && page < a.num_pages ? page : -1;
 }
 
-// 16 bytes of key j from entry `col` on, or zeros where there is no page or no such entry.
-template <class T>
-__device__ __forceinline__ void copy_chunk(void* target, const Args& a, const Work& w, const Cache<T>& cache, int32_t page, int32_t j, int col) {
-  const bool exists = page >= 0 && col < a.head_dim;
-  const int32_t place = j + w.leftpad;
-  const int32_t in_page = a.page_divider.remainder(place, a.page_divider.quotient(place));
-  const T* source = cache.rows + page * cache.page_stride + in_page * cache.row_stride + col;
-  cp_async::copy16(target, exists ? source : cache.rows, exists ? 16 : 0);
+// Copies the keys or values of a stage. Lane l has the page of the stage's key l, and finds its row for all: copy i of a lane, to target(i,
+// key), is 16 bytes of key i·(32 / kLanes) + lane / kLanes, those after its kLanes-th neighbour's; zeros where there is no page, or no such
+// entry. A stage without keys makes an empty group: wait counts them.
+template <int kCopies, int kLanes, class T, class Target>
+__device__ __forceinline__ void copy_stage(
+    const Args& a, const Work& w, const Cache<T>& cache, int32_t page, int32_t start, const Target& target) {
+  if (start < w.end) {
+    const int lane = threadIdx.x % kWarpSize, col = lane % kLanes * kVectorSize<T>;
+    const int32_t place = start + lane + w.leftpad, in_page = a.page_divider.remainder(place, a.page_divider.quotient(place));
+    const int64_t my_row = page < 0 ? -1 : page * cache.page_stride + in_page * cache.row_stride;
+    const bool in_row = col < a.head_dim;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int key = i * (kWarpSize / kLanes) + lane / kLanes;
+      const int64_t row = __shfl_sync(kFullMask, my_row, key);
+      const bool exists = in_row && row >= 0;
+      cp_async::copy16(target(i, key), exists ? cache.rows + row + col : cache.rows, exists ? 16 : 0);
+    }
+  }
+  cp_async::commit();
 }
 
 __device__ __forceinline__ float finite_or_zero(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }  // no −∞ − −∞
@@ -171,7 +194,8 @@ struct Shared {
 
 // out = values·factor from entry `col` on.
 template <class T>
-__device__ __forceinline__ void store_out(const Args& a, const Work& w, const Row& row, int col, float (&values)[kVectorSize<T>], float factor) {
+__device__ __forceinline__ void store_out(
+    const Args& a, const Work& w, const Row& row, int col, float (&values)[kVectorSize<T>], float factor) {
 #pragma unroll
   for (int i = 0; i < kVectorSize<T>; ++i) values[i] *= factor;
   T* out = static_cast<T*>(a.out) + (row.token(w) * a.num_heads + row.head) * a.head_dim + col;
@@ -250,7 +274,8 @@ __device__ __forceinline__ void finish(const Args& a, const Work& w, float* part
       const float weight = exp2f(shared.row_max[warp][index] - shift);
       total += part * weight;
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) add_floats(sum, weight, parts + ((warp * kGroups + group) * kRows + index) * kLanes * kWidth + col);
+      for (int group = 0; group < kGroups; ++group)
+        add_floats(sum, weight, parts + ((warp * kGroups + group) * kRows + index) * kLanes * kWidth + col);
     }
     const float factor = total == 0.0f ? 0.0f : (a.v_scale == nullptr ? 1.0f : a.v_scale[w.kv_head]) / total;
     const float lse = total == 0.0f ? -INFINITY : largest + log2f(total);
@@ -279,13 +304,13 @@ __device__ __forceinline__ void finish(const Args& a, const Work& w, float* part
 // --------------------------------------------------------------------------------------------------------------------
 // A tile of up to 8 rows, on CUDA cores.
 
-constexpr int kPasses = 4;                                                      // 16-byte chunks of keys that a thread has in a stage
+constexpr int kPasses = 4;  // 16-byte chunks of keys that a thread has in a stage
 constexpr size_t kCoreBytes = size_t{kStages} * 2 * kPasses * kThreads * 16;  // 32 KiB
 
 // kLanes lanes have a key, each 16 bytes of it, so that a warp has 32 / kLanes keys in a pass: the same lanes copy, multiply and add up the
 // same bytes, and see none but their own; a stage needs no barrier. A key's scores are summed over its lanes so that each lane is left
-// with its share of a tile's scores (scatter_sums): row by its highest bits, then pass. It masks and exponentiates those alone, and the lanes
-// get the weights by shuffles.
+// with its share of a tile's scores (scatter_sums): row by its highest bits, then pass. It masks and exponentiates those alone, and the
+// lanes get the weights by shuffles.
 template <class T, int kLanes, int kRows>
 __global__ void __launch_bounds__(kThreads, kRows < 4 ? 4 : kRows == 4 ? 3 : 2) cores_kernel(const Args a) {
   constexpr int kWidth = kVectorSize<T>, kGroups = kWarpSize / kLanes, kKeys = kPasses * kGroups;
@@ -311,34 +336,20 @@ __global__ void __launch_bounds__(kThreads, kRows < 4 ? 4 : kRows == 4 ? 3 : 2) 
 
   uint4* const stages = dynamic_shared<uint4>() + threadIdx.x;
   const auto chunk = [&](int stage, int half, int pass) { return stages + ((stage * 2 + half) * kPasses + pass) * kThreads; };
-  const auto key_of = [&](int32_t start, int pass) { return start + pass * kGroups + group; };
-  const auto load_pages = [&](int32_t (&pages)[kPasses], int32_t start) {
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) pages[pass] = page_of(a, w, key_of(start, pass));
-  };
-  const auto copy = [&](const Cache<T>& cache, const int32_t (&pages)[kPasses], int32_t start, int stage, int half) {
-    if (start < w.end) {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) copy_chunk(chunk(stage, half, pass), a, w, cache, pages[pass], key_of(start, pass), col);
-    }
-    cp_async::commit();  // also where there is nothing to copy: wait counts groups
-  };
-  const auto bits_of = [](const int32_t (&pages)[kPasses]) {
-    unsigned bits = 0;
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) bits |= static_cast<unsigned>(pages[pass] >= 0) << pass;
-    return bits;
+  const auto load_page = [&](int32_t start) { return lane < kKeys ? page_of(a, w, start + lane) : -1; };
+  const auto copy = [&](const Cache<T>& cache, int32_t page, int32_t start, int stage, int half) {
+    copy_stage<kPasses, kLanes>(a, w, cache, page, start, [&](int pass, int) { return chunk(stage, half, pass); });
   };
 
   constexpr int kStep = kWarps * kKeys;
   int32_t start = w.begin + warp * kKeys;
-  int32_t pages[kPasses], second[kPasses];
-  load_pages(pages, start);
-  load_pages(second, start + kStep);
-  unsigned exists = bits_of(pages) | bits_of(second) << kPasses;  // which keys have a page, stage by stage
-  copy(keys, pages, start, 0, 0);
-  copy(values, pages, start, 0, 1);
-  load_pages(pages, start + 2 * kStep);
+  int32_t page = load_page(start);
+  const int32_t second = load_page(start + kStep);
+  // Which keys have a page, of this stage and the next.
+  unsigned exists = __ballot_sync(kFullMask, page >= 0), exists_next = __ballot_sync(kFullMask, second >= 0);
+  copy(keys, page, start, 0, 0);
+  copy(values, page, start, 0, 1);
+  page = load_page(start + 2 * kStep);
   copy(keys, second, start + kStep, 1, 0);
   copy(values, second, start + kStep, 1, 1);
 
@@ -362,16 +373,18 @@ __global__ void __launch_bounds__(kThreads, kRows < 4 ? 4 : kRows == 4 ? 3 : 2) 
       }
     }
     scatter_sums<kLanes, kRows * kPasses>(products, lane);
-    copy(keys, pages, start + 2 * kStep, stage, 0);  // where the thread itself has read these, and nobody else has
-    exists |= bits_of(pages) << 2 * kPasses;
+    copy(keys, page, start + 2 * kStep, stage, 0);  // where the thread itself has read these, and nobody else has
 
+    row.scale_products<kOwned>(products);
     float weights[kOwned], new_max = row_max;
 #pragma unroll
     for (int o = 0; o < kOwned; ++o) {
-      weights[o] = row.score(products[o], key_of(start, my_pass + o), exists >> (my_pass + o) & 1);
+      const int key = (my_pass + o) * kGroups + group;
+      weights[o] = row.masked(products[o], start + key, exists >> key & 1);
       new_max = fmaxf(new_max, weights[o]);
     }
-    exists >>= kPasses;
+    exists = exists_next;
+    exists_next = __ballot_sync(kFullMask, page >= 0);
 #pragma unroll
     for (int distance = kSame; distance < kWarpSize; distance *= 2)
       if (distance < kRowLanes || distance >= kLanes) new_max = fmaxf(new_max, __shfl_xor_sync(kFullMask, new_max, distance));
@@ -404,8 +417,8 @@ __global__ void __launch_bounds__(kThreads, kRows < 4 ? 4 : kRows == 4 ? 3 : 2) 
         for (int i = 0; i < kWidth; ++i) acc[r][i] += weight * v[i];
       }
     }
-    copy(values, pages, start + 2 * kStep, stage, 1);
-    load_pages(pages, start + 3 * kStep);
+    copy(values, page, start + 2 * kStep, stage, 1);
+    page = load_page(start + 3 * kStep);
   }
 
 #pragma unroll
@@ -441,11 +454,11 @@ __device__ __forceinline__ int swizzled(int row, int col) {
   return row * kLanes + (col ^ (row & 7));
 }
 
-// Scores are a product of 16 rows and a stage's keys, and the weights' product with its values follows in the same registers: what is row g,
-// keys t and t + 1 of c is the same of a. Keys and values of kLanes·8 entries, those past head_dim zeros, lie in stages of the warp's own.
+// Scores are a product of 16 rows and a stage's keys, and the weights' product with its values follows in the same registers: what is rows
+// and keys of c is the same of a. Keys and values of kLanes·8 entries, those past head_dim zeros, lie in stages of the warp's own.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
-  constexpr int kDim = kLanes * 8, kKeys = kStageChunks / kLanes, kKeysOfCopy = kWarpSize / kLanes, kStep = kWarps * kKeys;
+  constexpr int kDim = kLanes * 8, kKeys = kStageChunks / kLanes, kStep = kWarps * kKeys;
   const Work w(a, kMmaRows, kStep);
   if (w.is_nothing()) return;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -454,24 +467,17 @@ __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
   uint4* const memory = dynamic_shared<uint4>();
   const auto tile = [&](int stage, int half) { return memory + ((stage * 2 + half) * kWarps + warp) * kStageChunks; };
 
-  // A lane has the page of one key of a stage.
   const auto load_page = [&](int32_t start) { return lane < kKeys ? page_of(a, w, start + lane) : -1; };
   const auto copy = [&](const Cache<T>& cache, int32_t page, int32_t start, int stage, int half) {
-    if (start < w.end) {
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const int key = i * kKeysOfCopy + lane / kLanes, col = lane % kLanes;
-        copy_chunk(tile(stage, half) + swizzled<kLanes>(key, col), a, w, cache, __shfl_sync(kFullMask, page, key), start + key, col * 8);
-      }
-    }
-    cp_async::commit();  // also where there is nothing to copy: wait counts groups
+    const auto target = [&](int, int key) { return tile(stage, half) + swizzled<kLanes>(key, lane % kLanes); };
+    copy_stage<kCopies, kLanes>(a, w, cache, page, start, target);
   };
 
   int32_t start = w.begin + warp * kKeys;
   int32_t page = load_page(start);
   const int32_t second = load_page(start + kStep);
-  // Which keys have a page, of this stage, the next, and the one after.
-  unsigned exists = __ballot_sync(kFullMask, page >= 0), exists_next = __ballot_sync(kFullMask, second >= 0), exists_last = 0;
+  // Which keys have a page, of this stage and the next.
+  unsigned exists = __ballot_sync(kFullMask, page >= 0), exists_next = __ballot_sync(kFullMask, second >= 0);
   copy(keys, page, start, 0, 0);
   copy(values, page, start, 0, 1);
   page = load_page(start + 2 * kStep);
@@ -508,20 +514,20 @@ __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
     }
     __syncwarp();  // no lane reads these keys any more
     copy(keys, page, start + 2 * kStep, stage, 0);
-    exists_last = __ballot_sync(kFullMask, page >= 0);
 
+    rows[0].scale_products<kKeys / 2>(scores[0]);
     float new_max[2] = {row_max[0], row_max[1]};
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = n * 8 + lane % 4 * 2 + i % 2;
-        scores[n][i] = rows[i / 2].score(scores[n][i], start + key, exists >> key & 1);
+        scores[n][i] = rows[i / 2].masked(scores[n][i], start + key, exists >> key & 1);
         new_max[i / 2] = fmaxf(new_max[i / 2], scores[n][i]);
       }
     }
     exists = exists_next;
-    exists_next = exists_last;
+    exists_next = __ballot_sync(kFullMask, page >= 0);
     float shift[2], fade[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -551,7 +557,8 @@ __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       const float(&low)[4] = scores[2 * k], (&high)[4] = scores[2 * k + 1];
-      const uint32_t weights[4] = {mma::pack<T>(low[0], low[1]), mma::pack<T>(low[2], low[3]), mma::pack<T>(high[0], high[1]), mma::pack<T>(high[2], high[3])};
+      const uint32_t weights[4] = {mma::pack<T>(low[0], low[1]), mma::pack<T>(low[2], low[3]), mma::pack<T>(high[0], high[1]),
+                                   mma::pack<T>(high[2], high[3])};
 #pragma unroll
       for (int n = 0; n < kDim / 8; n += 2) {
         uint32_t both[4];  // 16 keys, of entries 8·n and 8 more
@@ -595,33 +602,35 @@ __global__ void __launch_bounds__(kThreads, 3) mma_kernel(const Args a) {
 
 int64_t rows_of(const PagedAttentionParams& p) { return p.num_kv_heads == 0 ? 0 : p.seqlen_q * (p.num_heads / p.num_kv_heads); }
 
+// Whether tensor cores take more than two rows. Static: a key of head dim 128 takes a warp 61, 73 and 96 instructions for 1, 2 and 4 rows on
+// CUDA cores (sm_90's SASS), and 60 for 16 on tensor cores. An H100's memory leaves its multiprocessors time for some 130.
+template <class T>
+constexpr bool has_mma(int64_t head_dim) {
+  return sizeof(T) == 2 && head_dim <= 128;
+}
+
 template <class T, int kLanes>
 cudaError_t launch_cores(const Args& a, unsigned blocks, cudaStream_t stream) {
   const auto run = [&](void (*kernel)(Args)) { return launch(kernel, dim3(blocks), dim3(kThreads), kCoreBytes, stream, a); };
-  switch (a.tile_rows) {
-    case 1: return run(cores_kernel<T, kLanes, 1>);
-    case 2: return run(cores_kernel<T, kLanes, 2>);
-    case 4: return run(cores_kernel<T, kLanes, 4>);
-    case 8: return run(cores_kernel<T, kLanes, 8>);
+  if (a.tile_rows == 1) return run(cores_kernel<T, kLanes, 1>);
+  if (a.tile_rows == 2) return run(cores_kernel<T, kLanes, 2>);
+  if constexpr (!has_mma<T>(kLanes * kVectorSize<T>)) {
+    if (a.tile_rows == 4) return run(cores_kernel<T, kLanes, 4>);
+    if (a.tile_rows == 8) return run(cores_kernel<T, kLanes, 8>);
   }
   return cudaErrorInvalidValue;
 }
 
 template <class T>
 cudaError_t launch_mma(const Args& a, unsigned blocks, cudaStream_t stream) {
-  const auto run = [&](void (*kernel)(Args), int lanes) { return launch(kernel, dim3(blocks), dim3(kThreads), mma_bytes(lanes), stream, a); };
-  if (a.head_dim <= 64) return run(mma_kernel<T, 8>, 8);
-  if (a.head_dim <= 128) return run(mma_kernel<T, 16>, 16);
-  return cudaErrorInvalidValue;
-}
-template <>
-cudaError_t launch_mma<float>(const Args&, unsigned, cudaStream_t) {
-  return cudaErrorInvalidValue;
+  if (a.head_dim <= 64) return launch(mma_kernel<T, 8>, dim3(blocks), dim3(kThreads), mma_bytes(8), stream, a);
+  return launch(mma_kernel<T, 16>, dim3(blocks), dim3(kThreads), mma_bytes(16), stream, a);
 }
 
 template <class T>
 cudaError_t launch_tiles(const Args& a, unsigned blocks, cudaStream_t stream) {
-  if (a.tile_rows == kMmaRows) return launch_mma<T>(a, blocks, stream);
+  if constexpr (has_mma<T>(0))
+    if (a.tile_rows == kMmaRows && has_mma<T>(a.head_dim)) return launch_mma<T>(a, blocks, stream);
   const int64_t chunks = a.head_dim / kVectorSize<T>;
   if (chunks <= 8) return launch_cores<T, 8>(a, blocks, stream);
   if (chunks <= 16) return launch_cores<T, 16>(a, blocks, stream);
@@ -631,15 +640,16 @@ cudaError_t launch_tiles(const Args& a, unsigned blocks, cudaStream_t stream) {
 
 // Whether rows that lie at these strides begin at multiples of 16 bytes, `width` entries. Strides of dims of one entry may be anything.
 bool are_rows_aligned(const PagedAttentionParams& p, const void* cache, int64_t page, int64_t row, int64_t head, int width) {
-  const auto fits = [&](int64_t size, int64_t stride) { return size <= 1 || stride % width == 0; };
+  const auto fits = [&](int64_t size, int64_t stride) { return size <= 1 || (stride >= 0 && stride % width == 0); };
   return is_aligned(cache) && fits(p.num_pages, page) && fits(p.page_size, row) && fits(p.num_kv_heads, head);
 }
 
 }  // namespace
 
 int32_t paged_attention_tile_rows(int64_t rows, int64_t head_dim, Dtype dtype) {
-  if (rows > 4 && head_dim <= 128 && dtype != Dtype::kFloat32) return kMmaRows;
-  return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
+  if (rows <= 2) return rows <= 1 ? 1 : 2;
+  if (dtype == Dtype::kFloat32 ? has_mma<float>(head_dim) : has_mma<__half>(head_dim)) return kMmaRows;
+  return rows <= 4 ? 4 : 8;
 }
 
 int64_t paged_attention_tiles(const PagedAttentionParams& p) {
@@ -656,6 +666,11 @@ int32_t paged_attention_num_splits(const PagedAttentionParams& p, int num_multip
   const int64_t slots = num_multiprocessors * resident, tiles = paged_attention_tiles(p);
   const int64_t capacity = p.page_size > 0 && p.max_pages > kPagedMaxKeys / p.page_size ? kPagedMaxKeys : p.max_pages * p.page_size;
   const int64_t most = capacity / (step * kMinSteps) < kPagedMaxSplits ? capacity / (step * kMinSteps) : kPagedMaxSplits;
+  static thread_local struct {
+    int64_t tiles, slots, most;
+    int32_t splits;
+  } known = {};  // a model's layers ask the same, and the answer takes microseconds
+  if (known.tiles == tiles && known.slots == slots && known.most == most && known.splits > 0) return known.splits;
   // Blocks run in waves of `slots`, and a last wave that is not full takes as long as one that is.
   const auto share_busy = [&](int64_t splits) {
     const double waves = static_cast<double>(tiles * splits) / static_cast<double>(slots);
@@ -663,9 +678,10 @@ int32_t paged_attention_num_splits(const PagedAttentionParams& p, int num_multip
   };
   double best = 0.0;
   for (int64_t n = 1; n <= most; ++n) best = share_busy(n) > best ? share_busy(n) : best;
-  for (int64_t n = 1; n <= most; ++n)
-    if (share_busy(n) >= 0.85 * best) return static_cast<int32_t>(n);
-  return 1;
+  int64_t splits = 1;
+  while (splits < most && share_busy(splits) < 0.85 * best) ++splits;
+  known = {tiles, slots, most, static_cast<int32_t>(splits)};
+  return known.splits;
 }
 
 cudaError_t paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {
@@ -693,7 +709,7 @@ cudaError_t paged_attention(const PagedAttentionParams& p, cudaStream_t stream) 
   a.group = static_cast<int32_t>(p.num_heads / p.num_kv_heads);
   a.num_tiles = static_cast<int32_t>(tiles_of_group);
   a.capacity = p.max_pages > kPagedMaxKeys / page_size ? kMostKeys : static_cast<int32_t>(p.max_pages * page_size);
-  const auto clamped = [](int64_t bound, int32_t most) { return bound > most ? most : bound < -most ? -most : static_cast<int32_t>(bound); };
+  const auto clamped = [](int64_t bound, int64_t most) { return static_cast<int32_t>(min(max(bound, -most), most)); };
   a.left = clamped(p.window_left, kMostKeys);
   a.right = clamped(p.window_right, kMostKeys - 1);
   const bool is_capped = p.softcap > 0.0f;

@@ -1,5 +1,5 @@
 // Attention of a few queries a sequence over a paged cache: decoding and speculation. fastattn/ops/paged_attention.py documents what it
-// computes; the caller pads nothing and gives the memory.
+// computes, and what hostile lengths, pages and starts do: they are clamped, and keys of a page that is none are masked.
 
 #pragma once
 
@@ -36,12 +36,12 @@ struct PagedAttentionParams {
   int64_t window_left, window_right;  // query i sees keys from i + seqlen_k − seqlen_q − left to … + right; causal: right = 0
   float softmax_scale, softcap;       // softcap 0: none
   Dtype dtype;                        // of q, caches and out
-  int32_t num_splits;                 // of each tile's keys, from 1 to kPagedMaxSplits
+  int32_t num_splits;                 // of each tile's keys (kernels/paged_tiles.py picks), at most √(keys / tile_rows): one block merges
   int32_t tile_rows;                  // of a group, that a block computes together: paged_attention_tile_rows
 };
 
-// The tile that suits `rows` = seqlen_q·num_heads / num_kv_heads of a group. Any other that the launcher takes gives the same result, but for
-// rounding: a caller who wants the same bits whatever else is in a packed batch fixes one.
+// The tile that suits `rows` = seqlen_q·num_heads / num_kv_heads of a group. Any other that the launcher takes gives the same result, but
+// for rounding: a caller who wants the same bits whatever else is in a packed batch fixes one.
 int32_t paged_attention_tile_rows(int64_t rows, int64_t head_dim, Dtype dtype);
 
 // How many tiles a launch has: batch · num_kv_heads · ⌈rows / tile_rows⌉. The sizes above are made of it.
@@ -51,7 +51,12 @@ int64_t paged_attention_tiles(const PagedAttentionParams& params);
 // count would. Lengths are on the GPU and play no part, so that a captured graph stays right as they grow. No more than kPagedMaxSplits.
 int32_t paged_attention_num_splits(const PagedAttentionParams& params, int num_multiprocessors);
 
-// Asynchronous on the stream. cudaErrorInvalidValue: what this kernel does not do (README.md of csrc says which).
+// Asynchronous on the stream. cudaErrorInvalidValue: what this kernel does not do, which is
+//   - head_dim that is no multiple of 16 bytes, or more than 256 (float32: 128); v_cache's another than k_cache's
+//   - a cache that does not begin at a multiple of 16 bytes, or has strides that are none, or negative ones. q and out lie anywhere
+//   - tile_rows but 1, 2 and 16 for half precision with head_dim up to 128; 1, 2, 4 and 8 for anything else
+//   - num_splits outside [1, kPagedMaxSplits]; more than one without partial_out, at a multiple of 16 bytes, partial_lse and counters
+//   - rows of a group beyond 2^30, tiles · num_splits beyond 2^31 − 1, negative sizes, heads that their key heads do not divide
 cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 
 }  // namespace fastattn

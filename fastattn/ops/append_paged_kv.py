@@ -211,8 +211,8 @@ def append_paged_kv(
             the CPU the new positions have to lie in the tables; on CUDA a key whose position does not is stored as it is.
         interleaved: the pairs are columns (0, 1), (2, 3), … (GPT-J), not (0, R/2), (1, R/2 + 1), … (GPT-NeoX, Llama).
         k_scale, v_scale: (H_kv,) float32: what is stored is the value divided by its head's scale. None is 1.
-        backend: which of two kernels runs on CUDA tensors. None: CUDA C++ for up to 64 tokens, as its launch takes less of the host, where it
-            is built and does what is asked (`fastattn.cuda.append_paged_kv.limit`), else Triton. What is named runs or raises.
+        backend: which of two kernels runs on CUDA tensors. None: CUDA C++ for up to 64 tokens, as its launch takes less of the host, where
+            it is built and does what is asked (`fastattn.cuda.append_paged_kv.limit`), else Triton. What is named runs or raises.
 
     Numerics: fp32 inside, one rounding, to nearest even. int8 and float8_e4m3fn saturate, at −128 and 127, and ±448. A NaN is a NaN, and 0
     in int8.
