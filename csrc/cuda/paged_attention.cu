@@ -720,8 +720,8 @@ cudaError_t paged_attention(const PagedAttentionParams& p, cudaStream_t stream) 
     case Dtype::kFloat32: return launch_tiles<float>(a, blocks, stream);
     case Dtype::kFloat16: return launch_tiles<__half>(a, blocks, stream);
     case Dtype::kBFloat16: return launch_tiles<__nv_bfloat16>(a, blocks, stream);
+    default: return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace fastattn
