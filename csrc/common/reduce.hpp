@@ -13,6 +13,28 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+// The same of integers, of which no sum may overflow: 22 bits of each at a time.
+__device__ __forceinline__ int64_t warp_sum(int64_t value) {
+  const uint64_t bits = static_cast<uint64_t>(value);
+  constexpr unsigned kPart = (1u << 22) - 1;
+  const uint64_t low = __reduce_add_sync(kFullMask, static_cast<unsigned>(bits) & kPart);
+  const uint64_t middle = __reduce_add_sync(kFullMask, static_cast<unsigned>(bits >> 22) & kPart);
+  const uint64_t high = __reduce_add_sync(kFullMask, static_cast<unsigned>(bits >> 44));
+  return static_cast<int64_t>(low + (middle << 22) + (high << 44));
+}
+
+// The sum over the lanes up to this one. All lanes of the warp must call.
+template <class T>
+__device__ __forceinline__ T warp_prefix_sum(T sum) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const T earlier = __shfl_up_sync(kFullMask, sum, distance);
+    if (lane >= distance) sum += earlier;
+  }
+  return sum;
+}
+
 // The sum over a block of one dim, in every thread. All threads must call. `partials` is shared, an entry a warp: another one for each sum
 // of a kernel, or there must be a barrier between its uses.
 template <int kMaxWarps>

@@ -5,6 +5,7 @@
 #include <exception>
 #include <string>
 
+#include "../cuda/moe_routing.hpp"
 #include "../cuda/norm.hpp"
 #include "probes.hpp"
 
@@ -24,6 +25,8 @@ Op op(const char* name) {
 }
 
 const Op kOps[] = {
+    op<fastattn::MoEDispatchParams, fastattn::moe_dispatch>("moe_dispatch"),
+    op<fastattn::MoERouteParams, fastattn::moe_route_dispatch>("moe_route_dispatch"),
     op<fastattn::NormParams, fastattn::norm_fwd>("norm_fwd"),
     op<fastattn::ProbeParams, fastattn::probe>("probe"),
 };
