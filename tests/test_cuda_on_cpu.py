@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from cuda_kernels import moe_routing, norm, probes
+from cuda_kernels import moe_routing, norm, probes, sampling
 from cuda_on_cpu import (
     CSRC,
     SEEDS,
@@ -24,7 +24,7 @@ from cuda_on_cpu import (
     load,
 )
 
-KERNELS = (probes, norm, moe_routing)
+KERNELS = (probes, norm, moe_routing, sampling)
 CASES = [case for kernels in KERNELS for case in kernels.CASES]
 FAR = [case for kernels in KERNELS for case in kernels.FAR]
 IDS = [f"{i}-{case.name}".replace(" ", "_") for i, case in enumerate(CASES)]

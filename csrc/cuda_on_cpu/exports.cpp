@@ -7,6 +7,7 @@
 
 #include "../cuda/moe_routing.hpp"
 #include "../cuda/norm.hpp"
+#include "../cuda/sampling.hpp"
 #include "probes.hpp"
 
 namespace {
@@ -29,6 +30,7 @@ const Op kOps[] = {
     op<fastattn::MoERouteParams, fastattn::moe_route_dispatch>("moe_route_dispatch"),
     op<fastattn::NormParams, fastattn::norm_fwd>("norm_fwd"),
     op<fastattn::ProbeParams, fastattn::probe>("probe"),
+    op<fastattn::SampleParams, fastattn::sample>("sample"),
 };
 
 }  // namespace
