@@ -246,7 +246,7 @@ def bracket(
         key = tl.where((step == 0) & (most > CANDIDATES), tl.minimum(tl.maximum(threshold, lo), hi - 1), key)
         count, mass, least = probe(row, ids_ptr, key_float(key), key_float(hi), 0, row_max, scale, BLOCK, CANDIDATES)
         if (above + count >= k) | (mass_above + mass >= goal) | (key == lo):
-            lo = tl.maximum(key, float_key(least))
+            lo = tl.where(count > 0, tl.maximum(key, float_key(least)), hi)  # none: those from hi up are all that there are but −inf
             most = count
             searching = (count > CANDIDATES) & (hi > lo + 1)
         else:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from cuda_kernels import append_paged_kv, norm, paged_attention, probes, softmax
+from cuda_kernels import append_paged_kv, moe_routing, norm, paged_attention, probes, sampling, softmax
 from cuda_on_cpu import (
     CSRC,
     SEEDS,
@@ -24,7 +24,7 @@ from cuda_on_cpu import (
     load,
 )
 
-KERNELS = (probes, append_paged_kv, norm, paged_attention, softmax)
+KERNELS = (probes, append_paged_kv, moe_routing, norm, paged_attention, sampling, softmax)
 CASES = [case for kernels in KERNELS for case in kernels.CASES]
 FAR = [case for kernels in KERNELS for case in kernels.FAR]
 IDS = [f"{i}-{case.name}".replace(" ", "_") for i, case in enumerate(CASES)]

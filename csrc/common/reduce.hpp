@@ -27,6 +27,28 @@ __device__ __forceinline__ float warp_reduce(float value, Op op, int lanes = kWa
 __device__ __forceinline__ float warp_sum(float value) { return warp_reduce(value, Sum{}); }
 __device__ __forceinline__ float warp_max(float value) { return warp_reduce(value, Max{}); }
 
+// The same of integers, of which no sum may overflow: 22 bits of each at a time.
+__device__ __forceinline__ int64_t warp_sum(int64_t value) {
+  const uint64_t bits = static_cast<uint64_t>(value);
+  constexpr unsigned kPart = (1u << 22) - 1;
+  const uint64_t low = __reduce_add_sync(kFullMask, static_cast<unsigned>(bits) & kPart);
+  const uint64_t middle = __reduce_add_sync(kFullMask, static_cast<unsigned>(bits >> 22) & kPart);
+  const uint64_t high = __reduce_add_sync(kFullMask, static_cast<unsigned>(bits >> 44));
+  return static_cast<int64_t>(low + (middle << 22) + (high << 44));
+}
+
+// The sum over the lanes up to this one. All lanes of the warp must call.
+template <class T>
+__device__ __forceinline__ T warp_prefix_sum(T sum) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const T earlier = __shfl_up_sync(kFullMask, sum, distance);
+    if (lane >= distance) sum += earlier;
+  }
+  return sum;
+}
+
 // values[0, kCount) summed over each group of kLanes neighbouring lanes. A lane keeps only its share of the sums, in the first places: the
 // values are halved while the lanes are, so that kCount sums take about kCount shuffles and not kCount·log kLanes. The lane's bits, from
 // the group's highest on, are the highest of its sums' numbers: of 8 sums over 16 lanes, lane l has sum l/2. All lanes of the warp must call.

@@ -338,6 +338,9 @@ inline unsigned __brev(unsigned value) {
   for (int bit = 0; bit < 32; ++bit) reversed |= (value >> bit & 1) << (31 - bit);
   return reversed;
 }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __expf(float value) { return std::exp(value); }
 inline float __fdiv_rn(float a, float b) { return a / b; }

@@ -6,8 +6,10 @@
 #include <string>
 
 #include "../cuda/append_paged_kv.hpp"
+#include "../cuda/moe_routing.hpp"
 #include "../cuda/norm.hpp"
 #include "../cuda/paged_attention.hpp"
+#include "../cuda/sampling.hpp"
 #include "../cuda/softmax.hpp"
 #include "probes.hpp"
 
@@ -28,8 +30,11 @@ Op op(const char* name) {
 
 const Op kOps[] = {
     op<fastattn::AppendPagedKvParams, fastattn::append_paged_kv>("append_paged_kv"),
+    op<fastattn::MoEDispatchParams, fastattn::moe_dispatch>("moe_dispatch"),
+    op<fastattn::MoERouteParams, fastattn::moe_route_dispatch>("moe_route_dispatch"),
     op<fastattn::NormParams, fastattn::norm_fwd>("norm_fwd"),
     op<fastattn::PagedAttentionParams, fastattn::paged_attention>("paged_attention"),
+    op<fastattn::SampleParams, fastattn::sample>("sample"),
     op<fastattn::SoftmaxParams, fastattn::softmax_fwd>("softmax_fwd"),
     op<fastattn::ProbeParams, fastattn::probe>("probe"),
 };
