@@ -26,7 +26,7 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 #endif
 }
 
-// The largest of the warp's lanes, in every lane. All lanes of the warp must call.
-__device__ __forceinline__ float warp_max(float value) { return key_float(__reduce_max_sync(kFullMask, float_key(value))); }
+// The largest of the warp's lanes in that order, in every lane: one instruction. All lanes of the warp must call.
+__device__ __forceinline__ float warp_last(float value) { return key_float(__reduce_max_sync(kFullMask, float_key(value))); }
 
 }  // namespace fastattn

@@ -171,7 +171,7 @@ __device__ __forceinline__ void route(const MoERouteParams& p, int token, Shared
     row_max = x[0];
 #pragma unroll
     for (int i = 1; i < kKeys; ++i) row_max = fmaxf(row_max, x[i]);
-    row_max = warp_max(row_max);
+    row_max = warp_last(row_max);
     float row_sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) row_sum += exp2f((x[i] - row_max) * kLog2e);
@@ -196,7 +196,7 @@ __device__ __forceinline__ void route(const MoERouteParams& p, int token, Shared
   if (of_chosen) {
     row_max = -INFINITY;
     for (int k = lane; k < p.top_k; k += kWarpSize) row_max = fmaxf(row_max, logits[k]);
-    row_max = warp_max(row_max);
+    row_max = warp_last(row_max);
     float row_sum = 0.0f;
     for (int k = lane; k < p.top_k; k += kWarpSize) row_sum += exp2f((logits[k] - row_max) * kLog2e);
     inverse_sum = 1.0f / warp_sum(row_sum);
