@@ -118,6 +118,8 @@ _COMPILED_CUDA = {
     "softmax": ("softmax_fwd_cuda", "few rows, forward"),
     "paged_attention": ("paged_attention_cuda", "up to 16 rows of a group"),
     "append_paged_kv": ("append_paged_kv_cuda", "up to 64 tokens"),
+    "sampling": ("sample_cuda", "up to 16 rows"),
+    "moe_routing": ("moe_route_dispatch_cuda", "up to 256 slots"),
 }
 
 

@@ -19,7 +19,9 @@ import fastattn
 from fastattn.extensions import cuda_operators
 
 pytestmark = pytest.mark.interpret
-NAMES = {"append_paged_kv_cuda", "norm_fwd_cuda", "paged_attention_cuda", "softmax_fwd_cuda"}
+NAMES = {
+    "append_paged_kv_cuda", "moe_dispatch_cuda", "moe_route_dispatch_cuda", "norm_fwd_cuda", "paged_attention_cuda", "sample_cuda", "softmax_fwd_cuda",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,9 @@ CALLS = {
     "norm": (lambda backend: fastattn.rms_norm(X, 40, WEIGHT, backend=backend), "norm_fwd_cuda"),
     "softmax": (lambda backend: fastattn.softmax(X, -1, backend=backend), "softmax_fwd_cuda"),
     "paged_attention": (lambda backend: fastattn.paged_attention(Q, CACHE, CACHE, TABLE, LENGTHS, backend=backend), "paged_attention_cuda"),
+    "sampling": (lambda backend: fastattn.sample(X, backend=backend), "sample_cuda"),
+    "moe_routing": (lambda backend: fastattn.moe_dispatch(torch.tensor([[3, 1], [0, 3]]), 4, backend=backend), "moe_dispatch_cuda"),
+    "routing and its plan": (lambda backend: fastattn.moe_route(X, 2, return_plan=True, backend=backend), "moe_route_dispatch_cuda"),
     "append_paged_kv": (lambda backend: fastattn.append_paged_kv(NEW, NEW, CACHE.clone(), CACHE.clone(), TABLE, LENGTHS, backend=backend), "append_paged_kv_cuda"),
 }  # fmt: skip
 BEYOND = {
@@ -106,6 +111,9 @@ def test_what_is_large_is_tritons(cuda):
     assert ran(lambda: fastattn.paged_attention(wide[:, :8], CACHE, CACHE, TABLE, LENGTHS)) and not ran(lambda: fastattn.paged_attention(wide, CACHE, CACHE, TABLE, LENGTHS))
     # A fixed split's bits do not depend on the company, and which kernel ran would.
     assert not ran(lambda: fastattn.paged_attention(Q[:, 0], CACHE, CACHE, TABLE, LENGTHS, cu_seqlens_q=one, max_seqlen_q=1, num_splits=2))
+    ids = torch.zeros(129, 2, dtype=torch.int64)
+    assert ran(lambda: fastattn.moe_dispatch(ids[:128], 4)) and not ran(lambda: fastattn.moe_dispatch(ids, 4))
+    assert ran(lambda: fastattn.sample(torch.randn(16, 9))) and not ran(lambda: fastattn.sample(torch.randn(17, 9)))
     many = torch.randn(1, 65, 2, 16)
     assert not ran(lambda: fastattn.append_paged_kv(many, many, CACHE.clone(), CACHE.clone(), TABLE[:1], LENGTHS[:1]))
 
@@ -139,11 +147,42 @@ def test_norms(shape, dtype, cuda):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Routing.
+
+
+@pytest.mark.parametrize("options", [{}, dict(score="sigmoid", num_groups=4, top_k_groups=2, renormalize=True), dict(order="topk_then_score")])
+def test_routing_and_its_plan(options, cuda):
+    """The same choice, plan and gradient as by Triton."""
+    logits, dweights = torch.randn(9, 16), torch.randn(9, 3)
+    results = []
+    for backend in ("cuda", "triton"):
+        leaf = logits.clone().requires_grad_()
+        weights, indices, plan = fastattn.moe_route(leaf, 3, **options, return_plan=True, backend=backend)
+        weights.backward(dweights)
+        results.append((indices, *plan, weights, leaf.grad))
+    for n, (mine, theirs) in enumerate(zip(*results, strict=True)):
+        torch.testing.assert_close(mine, theirs, **(dict(rtol=1e-6, atol=1e-6) if n > 3 else dict(rtol=0, atol=0)))
+    assert all(map(torch.equal, plan, fastattn.moe_dispatch(indices, 16)))
+
+
+@pytest.mark.parametrize("top_k", [1, 50, 5000])
+def test_sampling_draws_what_triton_draws(top_k, cuda):
+    logits = torch.randn(6, 6000) * 3
+    logits[0, 7:] = -torch.inf
+    for seed in range(4):
+        ids = []
+        for backend in ("cuda", "triton"):
+            torch.manual_seed(seed)
+            ids.append(fastattn.sample(logits, temperature=0.9, top_k=top_k, top_p=0.95, backend=backend))
+        assert torch.equal(*ids)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The ops' own tests.
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", [name for name in CALLS if " " not in name])
 def test_an_ops_tests_pass_on_them(op, library):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "(interpret or both) and not more", f"tests/test_{op}.py"],

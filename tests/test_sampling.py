@@ -158,6 +158,17 @@ def test_more_ties_than_the_scratch_holds():
 
 
 @pytest.mark.both
+@pytest.mark.parametrize("left", [1, 40])
+def test_a_long_row_of_which_a_mask_leaves_fewer_than_top_k(left):
+    """As guided decoding has them: all that is finite is above the first threshold, and not enough."""
+    logits = torch.full((1, 6000), -torch.inf)
+    logits[0, 100 : 100 + left] = torch.linspace(3.0, 1.0, left)
+    for top_p in (1.0, 0.6):
+        probs = check(logits, top_k=50, top_p=top_p)
+        assert probs[0, 100] > 0 and fastattn.sample(logits, top_k=50, top_p=top_p).item() in range(100, 100 + left)
+
+
+@pytest.mark.both
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
 def test_exactly_top_k_of_many_equal_values(dtype):
     logits = torch.randn(2, 2000).to(dtype)

@@ -7,8 +7,10 @@
 
 #include "../common/tensors.hpp"
 #include "append_paged_kv.hpp"
+#include "moe_routing.hpp"
 #include "norm.hpp"
 #include "paged_attention.hpp"
+#include "sampling.hpp"
 #include "softmax.hpp"
 
 namespace fastattn {
@@ -134,6 +136,62 @@ void append_paged_kv_cuda(
   check(append_paged_kv(p, device.stream()), kOp);
 }
 
+// Memory for the sort of T·K slots.
+struct MoEPlan {
+  Tensor order, inverse, offsets;
+
+  MoEPlan(const Device& device, int64_t num_slots, int64_t num_experts)
+      : order(device.empty({num_slots}, ScalarType::Long)),
+        inverse(device.empty({num_slots}, ScalarType::Long)),
+        offsets(device.empty({num_experts}, ScalarType::Int)) {}
+  MoEPlanPointers pointers() const {
+    return {static_cast<int64_t*>(order.data_ptr()), static_cast<int64_t*>(inverse.data_ptr()), static_cast<int32_t*>(offsets.data_ptr())};
+  }
+};
+
+int32_t int32_of(int64_t value, const char* op) {
+  STD_TORCH_CHECK(value == int32_t(value), op, ": a size is beyond 32 bits");
+  return int32_t(value);
+}
+
+// order, inverse and offsets as fastattn::moe_dispatch.
+std::tuple<Tensor, Tensor, Tensor> moe_dispatch_cuda(Tensor indices, int64_t num_experts) {
+  constexpr char kOp[] = "moe_dispatch_cuda";
+  STD_TORCH_CHECK(indices.dim() == 2 && num_experts >= 0, kOp, ": indices must be (T, K)");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long || indices.scalar_type() == ScalarType::Int, kOp, ": indices must be int32 or int64");
+  const Device device(indices);
+  const MoEPlan plan(device, indices.numel(), num_experts);
+  MoEDispatchParams p = {};
+  p.indices = indices.data_ptr(), p.plan = plan.pointers();
+  p.num_tokens = indices.size(0), p.stride_t = indices.stride(0), p.stride_k = indices.stride(1);
+  p.num_experts = int32_of(num_experts, kOp), p.top_k = int32_of(indices.size(1), kOp);
+  p.has_int64_indices = indices.scalar_type() == ScalarType::Long;
+  check(moe_dispatch(p, device.stream()), kOp);
+  return {plan.order, plan.inverse, plan.offsets};
+}
+
+// weights and indices as fastattn::moe_route_fwd, and their plan. Rows of logits contiguous; bias fp32 and contiguous.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_dispatch_cuda(
+    Tensor logits, std::optional<Tensor> bias, int64_t top_k, bool sigmoid, bool score_first, int64_t num_groups, int64_t top_k_groups,
+    bool renormalize, double scaling_factor) {
+  constexpr char kOp[] = "moe_route_dispatch_cuda";
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && top_k >= 0, kOp, ": logits must be rows of consecutive entries");
+  const Device device(logits);
+  const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
+  const MoEPlan plan(device, num_tokens * top_k, num_experts);
+  const Tensor weights = device.empty({num_tokens, top_k}, ScalarType::Float), indices = device.empty({num_tokens, top_k}, ScalarType::Long);
+  MoERouteParams p = {};
+  p.logits = logits.data_ptr(), p.bias = values_of<float>(bias), p.plan = plan.pointers();
+  p.weights = static_cast<float*>(weights.data_ptr()), p.indices = static_cast<int64_t*>(indices.data_ptr());
+  p.num_tokens = num_tokens, p.stride_t = logits.stride(0), p.dtype = dtype_of(logits, kOp);
+  p.num_experts = int32_of(num_experts, kOp), p.top_k = int32_of(top_k, kOp);
+  p.num_groups = int32_of(num_groups, kOp), p.top_k_groups = int32_of(top_k_groups, kOp);
+  p.score = sigmoid ? MoEScore::kSigmoid : MoEScore::kSoftmax, p.score_first = score_first;
+  p.renormalize = renormalize, p.scaling_factor = float(scaling_factor);
+  check(moe_route_dispatch(p, device.stream()), kOp);
+  return {weights, indices, plan.order, plan.inverse, plan.offsets};
+}
+
 // y, h and statistics as fastattn::norm_fwd, all in x's dtype; h is empty without a residual.
 std::tuple<Tensor, Tensor, Tensor> norm_fwd_cuda(
     Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps, double weight_offset,
@@ -227,6 +285,25 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
   return {out, lse};
 }
 
+// As fastattn::sample. Rows of logits contiguous; temperatures, top_ps and min_ps fp32, top_ks int32 or int64, all contiguous.
+Tensor sample_cuda(
+    Tensor logits, Tensor seed, std::optional<Tensor> temperatures, std::optional<Tensor> top_ks, std::optional<Tensor> top_ps,
+    std::optional<Tensor> min_ps, double temperature, int64_t top_k, double top_p, double min_p) {
+  constexpr char kOp[] = "sample_cuda";
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1, kOp, ": logits must be rows of consecutive entries");
+  const Device device(logits);
+  const Tensor ids = device.empty({logits.size(0)}, ScalarType::Long);
+  SampleParams p = {};
+  p.logits = logits.data_ptr(), p.seed = static_cast<const int64_t*>(seed.data_ptr()), p.ids = static_cast<int64_t*>(ids.data_ptr());
+  p.temperatures = values_of<float>(temperatures), p.top_ks = values_of<void>(top_ks);
+  p.top_ps = values_of<float>(top_ps), p.min_ps = values_of<float>(min_ps);
+  p.num_rows = logits.size(0), p.num_cols = logits.size(1), p.stride_x = logits.stride(0);
+  p.temperature = float(temperature), p.top_k = int32_of(top_k, kOp), p.top_p = float(top_p), p.min_p = float(min_p);
+  p.dtype = dtype_of(logits, kOp), p.has_int64_top_ks = top_ks && top_ks->scalar_type() == ScalarType::Long;
+  check(sample(p, device.stream()), kOp);
+  return ids;
+}
+
 // Over x's last dim, in x's dtype or fp32.
 Tensor softmax_fwd_cuda(Tensor x, ScalarType dtype) {
   constexpr char kOp[] = "softmax_fwd_cuda";
@@ -247,8 +324,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
 #endif
   m.impl("append_paged_kv_cuda", TORCH_BOX(&append_paged_kv_cuda));
+  m.impl("moe_dispatch_cuda", TORCH_BOX(&moe_dispatch_cuda));
+  m.impl("moe_route_dispatch_cuda", TORCH_BOX(&moe_route_dispatch_cuda));
   m.impl("norm_fwd_cuda", TORCH_BOX(&norm_fwd_cuda));
   m.impl("paged_attention_cuda", TORCH_BOX(&paged_attention_cuda));
+  m.impl("sample_cuda", TORCH_BOX(&sample_cuda));
   m.impl("softmax_fwd_cuda", TORCH_BOX(&softmax_fwd_cuda));
 }
 

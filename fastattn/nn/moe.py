@@ -16,8 +16,8 @@ from fastattn.ops import checks
 from fastattn.ops.glu import swiglu
 from fastattn.ops.moe import ACTIVATIONS, ALPHA, LAYOUTS, LIMIT, moe
 from fastattn.ops.moe_routing import (
+    MoEPlan,
     load_balancing_loss_of,
-    moe_dispatch,
     moe_expert_counts,
     moe_route,
     moe_update_bias,
@@ -118,9 +118,9 @@ class Experts(torch.nn.Module):
         _init_uniform(self.gate_up_proj.shape[inputs], self.gate_up_proj, self.gate_up_proj_bias)
         _init_uniform(self.down_proj.shape[inputs], self.down_proj, self.down_proj_bias)
 
-    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, plan: MoEPlan | None = None) -> Tensor:
         biases = {"gate_up_bias": self.gate_up_proj_bias, "down_bias": self.down_proj_bias}
-        return moe(x, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, **biases, **self.options)
+        return moe(x, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, **biases, **self.options, plan=plan)
 
     def extra_repr(self) -> str:
         num_experts, *size = self.down_proj.shape
@@ -311,20 +311,22 @@ class MoE(torch.nn.Module):
             checks.reject(_OP, "x", f"have shape (…, H) with H = {self.hidden_size}", checks.shape(x))
         tokens = x.reshape(-1, self.hidden_size)
         logits = self.gate(tokens)
-        weights, indices = moe_route(logits, self.top_k, bias=self.gate.e_score_correction_bias, **self.routing)
-        kept = indices if self.capacity_factor is None else self._within_capacity(indices)
-        out = self.experts(tokens, kept, weights)
+        bias = self.gate.e_score_correction_bias
+        weights, indices, plan = moe_route(logits, self.top_k, bias=bias, **self.routing, return_plan=True)
+        if self.capacity_factor is None:
+            out = self.experts(tokens, indices, weights, plan)
+        else:
+            out = self.experts(tokens, self._within_capacity(indices, plan), weights)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
         return out.view(x.shape), self._aux(logits, indices)
 
-    def _within_capacity(self, indices: Tensor) -> Tensor:
+    def _within_capacity(self, indices: Tensor, plan: MoEPlan) -> Tensor:
         """The ids, but num_experts, which is nobody, of a slot that comes after its expert's last."""
         capacity = -(-self._capacity.numerator * indices.numel() // (self._capacity.denominator * self.num_experts))
         capacity = max(capacity, 1)  # of a share too small for its fraction
-        _, inverse, offsets = moe_dispatch(indices, self.num_experts)
-        starts = F.pad(offsets[:-1], (1, 0))
-        place = inverse.view(indices.shape) - starts[indices]  # among the slots of its expert, which a stable sort keeps in order
+        starts = F.pad(plan.offsets[:-1], (1, 0))
+        place = plan.inverse.view(indices.shape) - starts[indices]  # among the slots of its expert, which a stable sort keeps in order
         return indices.masked_fill(place >= capacity, self.num_experts)
 
     def _aux(self, logits: Tensor, indices: Tensor) -> MoEAux:

@@ -19,7 +19,7 @@ from fastattn.cpu import moe as cpu
 from . import checks
 from .dispatch import describe, log, runs_kernels
 from .grouped_mm import check_bias, check_matrices
-from .moe_routing import MAX_EXPERTS, check_ids, moe_dispatch
+from .moe_routing import MAX_EXPERTS, MoEPlan, check_ids, check_plan, moe_dispatch
 from .operator import apply, autocast, define, differentiable, once, operators, wants_gradient
 
 ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
@@ -134,6 +134,7 @@ def moe(
     down_bias: Tensor | None = None,
     layout: str = "concatenated",
     transposed: bool = False,
+    plan: MoEPlan | None = None,
 ) -> Tensor:
     """Each token through its K experts, and their weighted sum: out[t] = Σ_k weight[t, k]·expert(index[t, k])(x[t]), where an expert is
 
@@ -155,6 +156,7 @@ def moe(
             g·σ(1.702·g)∘(u + 1) of g = min(gate, 7) and u = up within ±7.
         gate_up_bias: (E, 2·I), in gate_up_proj's order. down_bias: (E, H). None is 0.
         transposed: gate_up_proj is (E, H, 2·I) and down_proj (E, I, H), read as they lie.
+        plan: `moe_dispatch(top_k_index, E)`, where it is known (`moe_route(…, return_plan=True)`); None makes it.
 
     Returns:
         out: (T, H) in x's dtype, contiguous.
@@ -211,7 +213,13 @@ def moe(
             checks.reject(op, arg, f"have shape (T, K) with x's T = {x.shape[0]}", checks.shape(t))
     if top_k_weights.shape != top_k_index.shape:
         checks.reject(op, "top_k_weights", f"have top_k_index's shape {checks.shape(top_k_index)}", checks.shape(top_k_weights))
-    plan = moe_dispatch(top_k_index, num_experts)
+    if plan is None:
+        plan = moe_dispatch(top_k_index, num_experts)
+    else:
+        check_plan(op, plan, "x", x)
+        sizes = plan[0].shape[0], plan[2].shape[0]
+        if sizes != (top_k_index.numel(), num_experts):
+            checks.reject(op, "plan", f"be of {top_k_index.numel()} slots and {num_experts} experts", f"{sizes[0]} and {sizes[1]}")
     tensors = x, top_k_weights.float(), gate_up_proj, down_proj, gate_up_bias, down_bias
     out, _ = apply(op, _MoE, *tensors, *plan, activation, layout, bool(transposed), wants_gradient(*tensors))
     return out

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn.cpu import moe_routing as cpu
+from fastattn.cuda import moe_routing as cuda
 
 from . import checks
-from .dispatch import checks_values, describe, log, runs_kernels
+from .dispatch import checks_values, chooses_cuda, describe, log, runs_kernels
 from .operator import apply, define, differentiable, once, operators
 
 MAX_EXPERTS = 512  # whose scores a row keeps in registers
@@ -58,10 +59,26 @@ def _moe_route_bwd(dweights: Tensor, logits: Tensor, indices: Tensor, *options) 
     return _implementation(logits).moe_route_bwd(dweights, logits, indices, *options)
 
 
-def _moe_dispatch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _moe_route_dispatch(
+    logits: Tensor, bias: Tensor | None, top_k: int, score: str, order: str, num_groups: int, top_k_groups: int, renormalize: bool,
+    scaling_factor: float, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = logits, bias, top_k, score, order, num_groups, top_k_groups, renormalize, scaling_factor
+    if runs_kernels(logits) and chooses_cuda("moe_route", backend, cuda.limit(logits.shape[0] * top_k), True):
+        if log.isEnabledFor(logging.INFO):
+            given = *map(describe, (logits, bias)), top_k, score, order
+            log.info("moe_route_dispatch: logits %s bias %s top_k=%d %s %s, by CUDA C++", *given)
+        return cuda.moe_route_dispatch(*options)
+    weights, indices = _moe_route_fwd(*options)
+    return weights, indices, *_moe_dispatch(indices, logits.shape[1], backend)
+
+
+def _moe_dispatch(indices: Tensor, num_experts: int, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if log.isEnabledFor(logging.INFO):
         log.info("moe_dispatch: indices %s num_experts=%d", describe(indices), num_experts)
     _check_id_values("moe_dispatch", indices)
+    if runs_kernels(indices) and chooses_cuda("moe_dispatch", backend, cuda.limit(indices.numel()), True):
+        return cuda.moe_dispatch(indices, num_experts)
     return _implementation(indices).moe_dispatch(indices, num_experts)
 
 
@@ -100,14 +117,26 @@ define(
     ),
 )
 define(
+    "moe_route_dispatch(Tensor logits, Tensor? bias, int top_k, str score, str order, int num_groups, int top_k_groups, bool renormalize,"
+    " float scaling_factor, str? backend=None) -> (Tensor weights, Tensor indices, Tensor order, Tensor inverse, Tensor offsets)",
+    _moe_route_dispatch,
+    lambda logits, bias, top_k, *options: (
+        logits.new_empty((logits.shape[0], top_k), dtype=torch.float32),
+        logits.new_empty((logits.shape[0], top_k), dtype=torch.int64),
+        logits.new_empty(logits.shape[0] * top_k, dtype=torch.int64),
+        logits.new_empty(logits.shape[0] * top_k, dtype=torch.int64),
+        logits.new_empty(logits.shape[1], dtype=torch.int32),
+    ),
+)
+define(
     "moe_route_bwd(Tensor dweights, Tensor logits, Tensor indices, str score, str order, bool renormalize, float scaling_factor) -> Tensor",
     _moe_route_bwd,
     lambda dweights, logits, *options: logits.new_empty(logits.shape),
 )
 define(
-    "moe_dispatch(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor)",
+    "moe_dispatch(Tensor indices, int num_experts, str? backend=None) -> (Tensor, Tensor, Tensor)",
     _moe_dispatch,
-    lambda indices, num_experts: (
+    lambda indices, num_experts, backend=None: (
         indices.new_empty(indices.numel(), dtype=torch.int64),
         indices.new_empty(indices.numel(), dtype=torch.int64),
         indices.new_empty(num_experts, dtype=torch.int32),
@@ -137,26 +166,27 @@ define(
 
 @differentiable
 class _MoERoute(torch.autograd.Function):
+    """(weights, indices), and with_plan (order, inverse, offsets)."""
+
     @staticmethod
-    def forward(logits, bias, top_k, score, order, num_groups, top_k_groups, renormalize, scaling_factor):
-        return operators.moe_route_fwd(
-            logits, bias, top_k, score, order, num_groups, top_k_groups, renormalize, scaling_factor
-        )
+    def forward(logits, bias, top_k, score, order, num_groups, top_k_groups, renormalize, scaling_factor, with_plan, backend):
+        options = logits, bias, top_k, score, order, num_groups, top_k_groups, renormalize, scaling_factor
+        return operators.moe_route_dispatch(*options, backend) if with_plan else operators.moe_route_fwd(*options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, _, _, score, order, _, _, renormalize, scaling_factor = inputs
-        _, indices = output
+        logits, _, _, score, order, _, _, renormalize, scaling_factor, _, _ = inputs
+        _, indices, *plan = output
         ctx.options = score, order, renormalize, scaling_factor
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(indices)
+        ctx.mark_non_differentiable(indices, *plan)
         ctx.save_for_backward(logits, indices)
 
     @staticmethod
-    def backward(ctx, dweights, _):
+    def backward(ctx, dweights, *_):
         logits, indices = ctx.saved_tensors
         dlogits = torch.ops.fastattn.moe_route_bwd(dweights, logits, indices, *ctx.options)
-        return *once("moe_route", [dlogits], dweights, logits), *[None] * 8
+        return *once("moe_route", [dlogits], dweights, logits), *[None] * 10
 
 
 @differentiable
@@ -234,7 +264,7 @@ def _check_id_values(op: str, indices: Tensor) -> None:
         checks.reject(op, "indices", "hold ids of 0 or more (those of num_experts or more are nobody's)", least)
 
 
-def _check_plan(op: str, plan: MoEPlan, arg: str, t: Tensor) -> None:
+def check_plan(op: str, plan: MoEPlan, arg: str, t: Tensor) -> None:
     """Three tensors on t's device, such as moe_dispatch gives. What they hold cannot lead a kernel astray."""
     if not isinstance(plan, tuple) or len(plan) != 3:
         checks.reject(op, "plan", "be what moe_dispatch returns", type(plan).__name__, TypeError)
@@ -266,7 +296,9 @@ def moe_route(
     top_k_groups: int | None = None,
     renormalize: bool = False,
     scaling_factor: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    return_plan: bool = False,
+    backend: Literal["triton", "cuda"] | None = None,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, MoEPlan]:
     """The experts of each token, and their weights.
 
         Mixtral      renormalize=True
@@ -287,9 +319,13 @@ def moe_route(
             more), else its best score. None: no groups.
         renormalize: divide each token's weights by their sum (+ 1e-20).
         scaling_factor: multiplies the weights, after that.
+        return_plan: also return `moe_dispatch(indices, E)`, for `moe(…, plan=)`: up to 256 slots are routed and sorted in one launch.
+        backend: which of two kernels runs on CUDA tensors, with return_plan. None: CUDA C++ for up to 256 slots, where it is built, else
+            Triton. What is named runs or raises.
 
     Returns:
         (weights, indices): (T, K) float32 and (T, K) int64, contiguous, best first by what chooses. A token's experts are distinct.
+        plan (with return_plan): an `MoEPlan`.
 
     Ties go to the lower id. Without a bias the logits choose, whose order the scores share, so that CPU and GPU agree on every choice; with
     one, two sums within rounding of each other may come in either order. A NaN counts as the largest value, as it does for torch.topk.
@@ -334,9 +370,12 @@ def moe_route(
     checks.check_number(op, "scaling_factor", scaling_factor)
     if not -math.inf < scaling_factor < math.inf:
         checks.reject(op, "scaling_factor", "be finite", scaling_factor)
-    return apply(
-        op, _MoERoute, logits, bias, top_k, score, order, num_groups, top_k_groups, bool(renormalize), float(scaling_factor)
-    )
+    checks.check_backend(op, backend, logits, runs_kernels(logits))
+    if backend is not None and not return_plan:
+        checks.reject(op, "backend", "be None without return_plan", repr(backend))
+    options = top_k, score, order, num_groups, top_k_groups, bool(renormalize), float(scaling_factor)
+    weights, indices, *plan = apply(op, _MoERoute, logits, bias, *options, bool(return_plan), backend)
+    return (weights, indices, MoEPlan(*plan)) if return_plan else (weights, indices)
 
 
 def moe_expert_counts(indices: Tensor, num_experts: int) -> Tensor:
@@ -469,7 +508,7 @@ def moe_update_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
 # To the experts and back.
 
 
-def moe_dispatch(indices: Tensor, num_experts: int) -> MoEPlan:
+def moe_dispatch(indices: Tensor, num_experts: int, *, backend: Literal["triton", "cuda"] | None = None) -> MoEPlan:
     """The plan that brings each expert's tokens together: a stable sort of the T·K slots by expert, by counting, in one order always.
 
     Args:
@@ -477,6 +516,8 @@ def moe_dispatch(indices: Tensor, num_experts: int) -> MoEPlan:
             nobody's (experts of other ranks): they come last, and contribute nothing. Negative ids are refused where indices lie on the
             CPU; on CUDA they are nobody's too (FASTATTN_CHECK=1 refuses them there as well, and synchronises).
         num_experts: E, from 1 to 512.
+        backend: which of two kernels runs on CUDA tensors. None: CUDA C++ for up to 256 slots, where it is built, else Triton. What is
+            named runs or raises.
 
     Returns:
         plan: an `MoEPlan` (order, inverse, offsets). Nothing waits for the GPU: how many tokens an expert has, only offsets knows.
@@ -493,7 +534,8 @@ def moe_dispatch(indices: Tensor, num_experts: int) -> MoEPlan:
     num_experts = _check_indices(op, indices, num_experts)
     if indices.dim() != 2 or indices.shape[1] < 1:
         checks.reject(op, "indices", "have shape (T, K)", checks.shape(indices))
-    return MoEPlan(*operators.moe_dispatch(indices, num_experts))
+    checks.check_backend(op, backend, indices, runs_kernels(indices))
+    return MoEPlan(*operators.moe_dispatch(indices, num_experts, backend))
 
 
 def moe_gather(x: Tensor, plan: MoEPlan) -> Tensor:
@@ -520,7 +562,7 @@ def moe_gather(x: Tensor, plan: MoEPlan) -> Tensor:
     """
     op = "moe_gather"
     _check_rows(op, "x", x, "(T, H)")
-    _check_plan(op, plan, "x", x)
+    check_plan(op, plan, "x", x)
     num_tokens, num_slots = x.shape[0], plan[0].shape[0]
     if (num_slots != 0) if num_tokens == 0 else (num_slots < num_tokens or num_slots % num_tokens != 0):
         checks.reject(op, "x", f"have shape (T, H) with T·K = {num_slots} to match plan", checks.shape(x))
@@ -554,7 +596,7 @@ def moe_combine(y: Tensor, plan: MoEPlan, weights: Tensor) -> Tensor:
     """
     op = "moe_combine"
     _check_rows(op, "y", y, "(T·K, H)")
-    _check_plan(op, plan, "y", y)
+    check_plan(op, plan, "y", y)
     _check_rows(op, "weights", weights, "(T, K)")
     checks.check_device(op, "weights", weights, "y's", y.device)
     if weights.shape[0] * weights.shape[1] != plan[0].shape[0]:

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastattn.cpu import sampling as cpu
+from fastattn.cuda import sampling as cuda
 
 from . import checks
-from .dispatch import checks_values, describe, log, runs_kernels
+from .dispatch import checks_values, chooses_cuda, describe, log, runs_kernels
 from .operator import define, operators
 
 MAX_COLUMNS = 2**22  # whose weights, in units of 2^-40, 64 bits hold the sum of
 _TINY = torch.finfo(torch.float32).tiny  # a temperature below it is 0
-
-
-def _implementation(logits: Tensor):
-    """The module with this device's sample and sampling_probs; kernels are imported here, so that `import fastattn` needs no Triton."""
-    if runs_kernels(logits):
-        from fastattn.kernels import sampling
-
-        return sampling
-    return cpu
 
 
 def _parameters(op: str, logits: Tensor, per_row: tuple[Tensor | None, ...], numbers: tuple) -> list[float | Tensor]:
@@ -46,21 +39,33 @@ def _check_values(op: str, arg: str, values: Tensor, must: str, good: Tensor) ->
         checks.reject(op, arg, must, f"{values[row].item()} in row {row}")
 
 
-def _sample(logits: Tensor, seed: Tensor, temperatures, top_ks, top_ps, min_ps, *numbers) -> Tensor:
-    parameters = _parameters("sample", logits, (temperatures, top_ks, top_ps, min_ps), numbers)
-    return _implementation(logits).sample(logits, seed, *parameters)
+def _sample(
+    logits: Tensor, seed: Tensor, temperatures, top_ks, top_ps, min_ps, temperature, top_k, top_p, min_p, backend=None
+) -> Tensor:
+    parameters = _parameters("sample", logits, (temperatures, top_ks, top_ps, min_ps), (temperature, top_k, top_p, min_p))
+    if not runs_kernels(logits):
+        sample = cpu.sample
+    elif chooses_cuda("sample", backend, cuda.limit(), cuda.is_chosen(logits)):
+        sample = cuda.sample
+    else:
+        from fastattn.kernels.sampling import sample  # here, so that `import fastattn` needs no Triton
+    return sample(logits, seed, *parameters)
 
 
 def _sampling_probs(logits: Tensor, temperatures, top_ks, top_ps, min_ps, *numbers) -> Tensor:
     parameters = _parameters("sampling_probs", logits, (temperatures, top_ks, top_ps, min_ps), numbers)
-    return _implementation(logits).sampling_probs(logits, *parameters)
+    if runs_kernels(logits):
+        from fastattn.kernels.sampling import sampling_probs
+    else:
+        sampling_probs = cpu.sampling_probs
+    return sampling_probs(logits, *parameters)
 
 
 _PARAMETERS = (
     "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, float temperature, int top_k, float top_p, float min_p"
 )
 define(
-    f"sample(Tensor logits, Tensor seed, {_PARAMETERS}) -> Tensor",
+    f"sample(Tensor logits, Tensor seed, {_PARAMETERS}, str? backend=None) -> Tensor",
     _sample,
     lambda logits, seed, *parameters: logits.new_empty(logits.shape[:1], dtype=torch.int64),
 )
@@ -131,6 +136,7 @@ def sample(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
     generator: torch.Generator | None = None,
+    backend: Literal["triton", "cuda"] | None = None,
 ) -> Tensor:
     """Draw a token from each row of logits.
 
@@ -143,6 +149,8 @@ def sample(
             others floating point) with one a row. temperature is finite and at least 0, and 0 is argmax; a top_k of 0 or less, or of V
             or more, keeps all, and so do a top_p of 1, a min_p of 0 and None; top_p and min_p lie in [0, 1].
         generator: torch's, on the logits' device; None is the device's own, which `torch.manual_seed` seeds.
+        backend: which of two kernels runs on CUDA tensors. None: CUDA C++ for up to 16 rows, as its launch takes less of the host, where it
+            is built, else Triton. What is named runs or raises.
 
     Returns:
         ids: (B,) int64. −1 in a row that has no distribution: one with a NaN or +inf in it, or of nothing but −inf.
@@ -160,6 +168,7 @@ def sample(
     Raises:
         TypeError: what is no tensor or number, dtypes. ValueError: shapes, devices, and numbers out of range. Values inside tensors are
         checked on the CPU, and on CUDA only under FASTATTN_CHECK=1; there, out of range, they draw some token of the row.
+        NotImplementedError: backend="cuda" is not built.
 
     Source: Fan et al., arXiv 1805.04833 (top-k); Holtzman et al., arXiv 1904.09751 (top-p); Nguyen et al., arXiv 2407.01082 (min-p).
 
@@ -171,8 +180,9 @@ def sample(
         checks.reject("sample", "generator", "be a torch.Generator", type(generator).__name__, TypeError)
     if generator is not None and generator.device.type != logits.device.type:
         checks.reject("sample", "generator", f"be on logits' device {logits.device}", generator.device)
+    checks.check_backend("sample", backend, logits, runs_kernels(logits))
     seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=logits.device, generator=generator)
-    return operators.sample(logits.detach(), seed, *parameters)
+    return operators.sample(logits.detach(), seed, *parameters, backend)
 
 
 def sampling_probs(
