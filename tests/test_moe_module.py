@@ -223,7 +223,7 @@ def test_capacity_drops_who_comes_late(factor):
     layer, x = MoE(16, 12, 8, 2, capacity_factor=factor), torch.randn(70, 16) + 0.5
     weights, indices = fastattn.moe_route(layer.gate(x), 2)
     kept = dropped_by_hand(indices, 8, factor)
-    assert torch.equal(layer._within_capacity(indices), kept)
+    assert torch.equal(layer._within_capacity(indices, fastattn.moe_dispatch(indices, layer.num_experts)), kept)
     assert ((kept == 8).any() or factor == 8.0) and (factor < 8.0 or torch.equal(kept, indices))
     out, aux = layer(x)
     torch.testing.assert_close(out, fastattn.moe(x, kept, weights, layer.experts.gate_up_proj, layer.experts.down_proj))
@@ -235,7 +235,8 @@ def test_capacity_drops_who_comes_late(factor):
 )  # fmt: skip
 def test_capacity_is_counted_exactly(factor, slots, capacity):
     """1.1·100 / 10 is 11.000000000000002 in floating point."""
-    kept = MoE(16, 12, 10, 1, capacity_factor=factor)._within_capacity(torch.zeros(slots, 1, dtype=torch.int64))
+    indices = torch.zeros(slots, 1, dtype=torch.int64)
+    kept = MoE(16, 12, 10, 1, capacity_factor=factor)._within_capacity(indices, fastattn.moe_dispatch(indices, 10))
     assert (kept == 0).sum() == capacity and not kept[:capacity].any()
 
 
@@ -243,7 +244,7 @@ def test_a_capacity_may_be_set_later():
     layer, indices = MoE(16, 12, 10, 1), torch.zeros(100, 1, dtype=torch.int64)
     for factor, capacity in ((1.1, 11), (0.5, 5)):
         layer.capacity_factor = factor
-        assert (layer._within_capacity(indices) == 0).sum() == capacity and f"capacity_factor={factor}" in repr(layer)
+        assert (layer._within_capacity(indices, fastattn.moe_dispatch(indices, layer.num_experts)) == 0).sum() == capacity and f"capacity_factor={factor}" in repr(layer)
     with pytest.raises(ValueError, match="MoE: capacity_factor must be None or positive and finite, got -1"):
         layer.capacity_factor = -1
     layer.capacity_factor = None
