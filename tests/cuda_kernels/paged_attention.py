@@ -226,6 +226,15 @@ def hostile_cases(call: Call) -> list[Case]:
     return cases
 
 
+def late_page_case(call: Call) -> Case:
+    """No page at the end of a sequence that a warp takes several stages for. call: of one sequence, in pages of 8."""
+    (q, k, v, table, lengths), _ = drawn(call)
+    bad, shorter, entry = table.clone(), table.clone(), int(lengths) // 8 - 2
+    bad[0, entry] = -1
+    shorter[0, entry:-1] = table[0, entry + 1 :]
+    return paged_case(call, name=f"a late page, {call.dtype}", tensors=[q, k, v, bad, lengths], truth=[q, k, v, shorter, lengths - 8])
+
+
 def hostile_starts() -> list[Case]:
     cases = []
     packed = Call((20, 20), packed=(2, 3), dtype=F32)
@@ -266,6 +275,7 @@ def far_case() -> Case:
 
 HOSTILE = Call((40, 33), S_q=2, page_size=4, dtype=F32), Call((40, 33), S_q=2, H=12, page_size=4, dtype=BF16)
 CASES = [*value_cases(), *layout_cases(), *(case for call in HOSTILE for case in hostile_cases(call)), *hostile_starts(), leftpad_case()]
+CASES += [late_page_case(Call((203,), H=2, H_kv=1, page_size=8, dtype=F32)), late_page_case(Call((333,), H=6, H_kv=1, page_size=8))]
 FAR = [far_case()]
 FAULTS = [
     # Copies and stages.
@@ -305,6 +315,8 @@ FAULTS = [
     Fault("a window is one key wider", SOURCE, "first_key(diagonal - a.left)", "first_key(diagonal - a.left - 1)", {"plain": WRONG}),
     Fault("keys of no page count", SOURCE, "return exists && j >= first_key", "return j >= first_key", {"plain": WRONG}),
     Fault("keys of no page, a stage late", SOURCE, "      }\n    }\n    exists = exists_next;\n", "      }\n    }\n", {"plain": WRONG}),
+    Fault("keys of no page, a stage late on CUDA cores", SOURCE, "new_max = fmaxf(new_max, weights[o]);\n    }\n    exists = exists_next;\n",
+          "new_max = fmaxf(new_max, weights[o]);\n    }\n", {"plain": WRONG}),
     Fault("−∞ − −∞", SOURCE, "return maximum == -INFINITY ? 0.0f : maximum;", "return maximum;", {"plain": WRONG}),
     Fault("values do not fade", SOURCE, "acc[r][i] *= factor;", "acc[r][i] *= 1.0f;", {"plain": WRONG}),
     Fault("a fade that only some lanes see", SOURCE, "__any_sync(kFullMask, new_max != row_max)", "new_max != row_max", {"plain": "Refused: .*(__shfl|is here)"}),
