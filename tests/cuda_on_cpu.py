@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
 import re
 import shutil
 import struct
@@ -87,6 +89,21 @@ def link(name: str, objects: Sequence[Path], target: Path) -> Path:
 
 def compile_all(name: str, folder: Path, csrc: Path = CSRC) -> list[Path]:
     return compile_objects(name, csrc, folder, [*kernels_of(csrc), *(csrc / "cuda_on_cpu" / s for s in BUILDS[name].runtime)])
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` has filled, the same one for all of pytest's processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / name
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            partial = tmp_path_factory.mktemp(name)
+            make(partial)
+            partial.rename(folder)
+    return folder
 
 
 def build_operators(folder: Path, *flags: str) -> Path:

@@ -3,7 +3,6 @@ are what they are held to here; nvcc compiles the same files for each architectu
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from cuda_on_cpu import (
     kernels_of,
     link,
     load,
+    made_once,
 )
 
 KERNELS = (probes, append_paged_kv, moe_routing, norm, paged_attention, sampling, softmax)
@@ -34,24 +34,18 @@ IDS = [f"{i}-{case.name}".replace(" ", "_") for i, case in enumerate(CASES)]
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory):
-    """Programs by name of build, and a library for this process; each made when first asked for, once for all of pytest's processes."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
+    """Programs by name of build, and a library for this process; each made when first asked for."""
     made = {}
+
+    def make(name, folder):
+        objects = compile_all(name, folder)
+        link(name, objects, folder / "replay")
+        if name == "plain":
+            link(name, objects, folder / "kernels.so")
 
     def get(name):
         if name not in made:
-            folder = root / f"cuda-{name}"
-            with open(root / f"cuda-{name}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not folder.exists():
-                    partial = tmp_path_factory.mktemp(name)
-                    objects = compile_all(name, partial)
-                    link(name, objects, partial / "replay")
-                    if name == "plain":
-                        link(name, objects, partial / "kernels.so")
-                    partial.rename(folder)
+            folder = made_once(tmp_path_factory, f"cuda-{name}", lambda folder: make(name, folder))
             get.objects[name] = sorted(folder.glob("*.o"))
             made[name] = folder / "replay"
             if name == "plain":

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from cuda_on_cpu import BF16, F16, F32, build_operators
+from cuda_on_cpu import BF16, F16, F32, build_operators, made_once
 from op_contract import check_op
 
 import fastattn
@@ -26,7 +26,7 @@ NAMES = {
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    return build_operators(tmp_path_factory.mktemp("operators"))
+    return made_once(tmp_path_factory, "cuda-operators", build_operators) / "operators.so"
 
 
 @pytest.fixture

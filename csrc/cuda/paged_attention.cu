@@ -665,7 +665,8 @@ int32_t paged_attention_num_splits(const PagedAttentionParams& p, int num_multip
   const int64_t resident = is_mma ? 3 : p.tile_rows < 4 ? 4 : p.tile_rows == 4 ? 3 : 2;  // of the kernels' __launch_bounds__
   const int64_t slots = num_multiprocessors * resident, tiles = paged_attention_tiles(p);
   const int64_t capacity = p.page_size > 0 && p.max_pages > kPagedMaxKeys / p.page_size ? kPagedMaxKeys : p.max_pages * p.page_size;
-  const int64_t most = capacity / (step * kMinSteps) < kPagedMaxSplits ? capacity / (step * kMinSteps) : kPagedMaxSplits;
+  int64_t most = capacity / (step * kMinSteps) < kPagedMaxSplits ? capacity / (step * kMinSteps) : kPagedMaxSplits;
+  while (most > 1 && most * most * p.tile_rows > capacity) --most;  // one block merges a tile's splits: no more rows than a split has keys
   static thread_local struct {
     int64_t tiles, slots, most;
     int32_t splits;
