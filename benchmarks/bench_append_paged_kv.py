@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 import fastattn
 
 from .rows import Variant, row_suite
-from .suite import Forward
+from .suite import Forward, by_backend
 
 KV_HEADS, PAGE_SIZE, CACHED = 8, 16, 40  # CACHED tokens stand in each sequence before
 FP8 = torch.float8_e4m3fn
@@ -59,8 +60,8 @@ def _options(function: str, rest: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def _ours(function: str) -> Forward:
-    def forward(k, v, k_cache, v_cache, page_table, lengths, *rest):
-        fastattn.append_paged_kv(k, v, k_cache, v_cache, page_table, lengths, **_options(function, rest))
+    def forward(k, v, k_cache, v_cache, page_table, lengths, *rest, **backend):
+        fastattn.append_paged_kv(k, v, k_cache, v_cache, page_table, lengths, **_options(function, rest), **backend)
         return k_cache, v_cache
 
     return forward
@@ -151,6 +152,7 @@ def _of(function: str) -> Variant:
         torch=_torch(function),
         others=OTHERS[function],
         traffic=(0, 0),  # `_work` has it
+        has_backends=True,
     )
 
 
@@ -184,6 +186,7 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     table, lengths = torch.arange(4, device=device).int().view(2, 2), torch.zeros(2, device=device).int()
     return {
         "fastattn.append_paged_kv": lambda: _ours("append")(k, k, k_cache, v_cache, table, lengths),
+        **by_backend("fastattn.append_paged_kv", partial(_ours("append"), k, k, k_cache, v_cache, table, lengths), device),
         "torch": lambda: _torch("append")(k, k, k_cache, v_cache, table, lengths),
     }
 

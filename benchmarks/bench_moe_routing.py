@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 import fastattn
 
 from .rows import Variant, row_suite
+from .suite import by_backend
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,21 @@ def _torch_combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, o
 DISPATCH = Variant(
     draw=_draw_dispatch,
     reference=lambda x, indices, experts: fastattn.reference.moe_gather(x, fastattn.reference.moe_dispatch(indices, len(experts))),
-    ours=lambda x, indices, experts: fastattn.moe_gather(x, fastattn.moe_dispatch(indices, len(experts))),
+    ours=lambda x, indices, experts, **backend: fastattn.moe_gather(x, fastattn.moe_dispatch(indices, len(experts), **backend)),
     torch=_torch_dispatch,
     traffic=(0, 0),
+    has_backends=True,
 )
 VARIANTS = {  # traffic: `_work` has it
     "route": Variant(
         draw=_draw_route,
         reference=lambda logits, top_k: fastattn.reference.moe_route(logits, len(top_k), renormalize=True)[0],
-        ours=lambda logits, top_k: fastattn.moe_route(logits, len(top_k), renormalize=True)[0],
+        ours=lambda logits, top_k, **backend: fastattn.moe_route(
+            logits, len(top_k), renormalize=True, return_plan=bool(backend), **backend
+        )[0],
         torch=_torch_route,
         traffic=(0, 0),
+        has_backends=True,  # which sort too
     ),
     "dispatch": DISPATCH,
     "sort": DISPATCH,
@@ -139,6 +145,8 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     return {
         "fastattn.moe_route": lambda: fastattn.moe_route(logits, 2),
         "fastattn.moe_dispatch": lambda: fastattn.moe_dispatch(indices, 8),
+        **by_backend("fastattn.moe_route, sorted", partial(fastattn.moe_route, logits, 2, return_plan=True), device),
+        **by_backend("fastattn.moe_dispatch", partial(fastattn.moe_dispatch, indices, 8), device),
         "fastattn.moe_gather": lambda: fastattn.moe_gather(x, plan),
         "fastattn.moe_combine": lambda: fastattn.moe_combine(y, plan, weights),
         "torch softmax and topk": lambda: _torch_route(logits, weights[0]),

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastattn
 
 from .rows import RowShape, Variant, row_suite
-from .suite import OURS
+from .suite import BACKENDS, OURS, by_backend
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "sample": {},
@@ -55,10 +55,11 @@ def _of(options: dict[str, Any]) -> Variant:
     return Variant(
         draw=_draw,
         reference=lambda logits: fastattn.reference.sampling_probs(logits, **options),
-        ours=lambda logits: fastattn.sample(logits, **options),
+        ours=lambda logits, **backend: fastattn.sample(logits, **options, **backend),
         torch=_sorted(**options),
         others={"FlashInfer": ("flashinfer.sampling", "top_k_top_p_sampling_from_logits", _flashinfer(**options))},
         traffic=(1, 0),  # the logits once
+        has_backends=True,
     )
 
 
@@ -80,6 +81,7 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     logits = torch.randn(4, 64, device=device).to(dtype)
     return {
         "fastattn.sample": lambda: fastattn.sample(logits, top_k=5),
+        **by_backend("fastattn.sample", lambda backend: fastattn.sample(logits, top_k=5, backend=backend), device),
         "torch, by sorting": lambda: _sorted(top_k=5)(logits),
     }
 
@@ -96,5 +98,5 @@ def _truth(shape: RowShape) -> Callable[[Tensor], Tensor]:
 SUITE = row_suite(
     "sampling", {name: _of(options) for name, options in OPTIONS.items()}, PRESETS, overhead, passes=("fwd",), x_label="vocabulary",
     panel=lambda row: (f"{row['function']}, B = {row['num_rows']}", row["num_cols"]),
-    checked={OURS: _probs, "torch": _truth, "FlashInfer": _truth},
+    checked={OURS: _probs, **{name: _truth for name in ("torch", "FlashInfer", *(f"{OURS} ({backend})" for backend in BACKENDS))}},
 )  # fmt: skip

@@ -94,11 +94,14 @@ def suite_of(op: str) -> Suite:
     return importlib.import_module(f"{__package__}.bench_{op}").SUITE
 
 
+BACKENDS = ("triton", "cuda")
+
+
 def backends(device: torch.device) -> tuple[str, ...]:
     """The `backend`s to show side by side: of an op that has two kernels for this device."""
     from fastattn.extensions import cuda_operators
 
-    return ("triton", "cuda") if device.type == "cuda" and cuda_operators.why_not is None else ()
+    return BACKENDS if device.type == "cuda" and cuda_operators.why_not is None else ()
 
 
 def by_backend(name: str, call: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
