@@ -166,6 +166,8 @@ def architectures(home: str) -> list[str]:
         if unknown:
             without(f"compiled CUDA operators for {', '.join(unknown)}", f"{nvcc} does not know them")
         archs = [arch for arch in archs if arch not in unknown]
+    if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+        sys.exit(f"fastattn: FASTATTN_CUDA_ARCHS must be such as '80;90a', got {wanted!r}")
     lowest = min(archs, key=lambda arch: int(arch.rstrip("af"))).rstrip("af")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*codes, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]

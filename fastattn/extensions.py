@@ -26,18 +26,26 @@ class Operators:
         """Define `fastattn::<schema>`, which the library implements if there is one (and if it is not an older one)."""
         _library.define(schema)
         name = schema.partition("(")[0]
-        # CUDA's are implemented for CPU tensors by the tests' build of csrc/cuda for the CPU.
-        if any(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", key) for key in ("CPU", "CUDA")):
+        if any(_is_implemented(name, key) for key in ("CPU", "CUDA")):  # CUDA's for CPU tensors, too, by the tests' build of csrc/cuda
             self._found.add(name)
 
     @property
     def nothing(self) -> str:
         """What an operator that is not available does not do, for a caller who asks for it."""
-        return f"anything: {self.why_not or 'it is an older build'}"
+        return f"anything: {self.why_not or 'it is an older build, or another device'}"
 
-    def available(self, name: str) -> bool:
-        """Whether the operator of that name has its implementation."""
-        return name in self._found
+    def available(self, name: str, tensor: torch.Tensor | None = None) -> bool:
+        """Whether the operator of that name has its implementation, for this tensor's device: interpreted kernels run on the CPU."""
+        return name in self._found and (tensor is None or _is_implemented(name, "CUDA" if tensor.is_cuda else "CPU"))
+
+
+_implemented: set[tuple[str, str]] = set()
+
+
+def _is_implemented(name: str, key: str) -> bool:
+    if (name, key) not in _implemented and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", key):
+        _implemented.add((name, key))
+    return (name, key) in _implemented
 
 
 def _load(module: str, variable: str, lacks: str | None) -> str | None:

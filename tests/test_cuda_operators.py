@@ -16,6 +16,7 @@ from cuda_on_cpu import BF16, F16, F32, build_operators, made_once
 from op_contract import check_op
 
 import fastattn
+from fastattn import extensions
 from fastattn.extensions import cuda_operators
 
 pytestmark = pytest.mark.interpret
@@ -116,6 +117,28 @@ def test_what_is_large_is_tritons(cuda):
     assert ran(lambda: fastattn.sample(torch.randn(16, 9))) and not ran(lambda: fastattn.sample(torch.randn(17, 9)))
     many = torch.randn(1, 65, 2, 16)
     assert not ran(lambda: fastattn.append_paged_kv(many, many, CACHE.clone(), CACHE.clone(), TABLE[:1], LENGTHS[:1]))
+
+
+def test_odd_shapes_are_no_reason_to_fail(cuda):
+    """By the rule, which has to know what the bindings refuse."""
+    for op in (lambda x: fastattn.rms_norm(x, 3), lambda x: fastattn.softmax(x, -1)):
+        x = torch.randn(*[1] * 17, 2, 3)
+        torch.testing.assert_close(op(x), op(x.view(2, 3)).view(x.shape))
+    column = torch.randn(1, 4).t()
+    assert column.stride() == (1, 4) and not fastattn.sample(column).any() and not fastattn.moe_route(column, 1, return_plan=True)[1].any()
+    for batch, new in ((0, 1), (2, 0)):
+        q, table = torch.randn(batch, new, 4, 16), TABLE[:batch]
+        for splits in (0, 4):
+            assert fastattn.paged_attention(q, CACHE, CACHE, table, LENGTHS[:batch], num_splits=splits).shape == q.shape
+    no_queries = dict(cu_seqlens_q=torch.zeros(3, dtype=torch.int32), max_seqlen_q=1)
+    assert fastattn.paged_attention(Q[:0, 0], CACHE, CACHE, TABLE, LENGTHS, **no_queries, backend="cuda", num_splits=2).shape == (0, 4, 16)
+
+
+def test_interpreted_kernels_have_no_use_for_a_gpus(cuda, monkeypatch):
+    """Where operators are CUDA tensors' alone, as on a GPU machine."""
+    monkeypatch.setattr(extensions, "_is_implemented", lambda name, key: key == "CUDA")
+    for call, _ in CALLS.values():
+        assert ran(lambda: call(None)) == []  # noqa: B023
 
 
 # --------------------------------------------------------------------------------------------------------------------

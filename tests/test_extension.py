@@ -290,6 +290,7 @@ LOGITS = {
     "signed zeros": lambda: torch.tensor([[0.0, -0.0, 1.0, -0.0, 0.0, -1.0]] * 3),
     "ends": lambda: ends(torch.randn(7, 300)),
     "transposed": lambda: torch.randn(600, 4).t(),
+    "a transposed column": lambda: torch.randn(1, 4).t(),
     "rows with gaps": lambda: torch.randn(4, 900)[:, 5:700],
 }
 # temperature, top_k, top_p, min_p

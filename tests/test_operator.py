@@ -99,6 +99,26 @@ def test_transforms_see_operators(x, dispatched):
         assert dispatched(lambda: fastattn.softmax(mode.from_tensor(x), -1))
 
 
+def test_negative_views_are_the_dispatchers(x, dispatched):
+    """Such as z.conj().imag is: a plain tensor whose memory holds −x."""
+    view = torch._neg_view(x)
+    assert type(view) is torch.Tensor and dispatched(lambda: fastattn.softmax(view, -1))
+    torch.testing.assert_close(fastattn.softmax(view, -1), torch.softmax(-x, -1))
+
+
+def test_batched_gradients_are_the_dispatchers():
+    """By the older vmap, in a backward that is itself a forward."""
+    angles = torch.rand(5, 4)
+    q, k = (torch.randn(2, 5, 3, 8, requires_grad=True) for _ in range(2))
+    outs = fastattn.apply_rotary(q, k, angles.cos(), angles.sin())
+    many = [torch.randn(4, *out.shape) for out in outs]
+    batched = torch.autograd.grad(outs, (q, k), many, is_grads_batched=True, retain_graph=True)
+    for i in range(4):
+        alone = torch.autograd.grad(outs, (q, k), [t[i] for t in many], retain_graph=True)
+        for all_, one in zip(batched, alone, strict=True):
+            torch.testing.assert_close(all_[i], one)
+
+
 def test_other_devices_are_the_dispatchers(x, dispatched):
     result = []
     assert dispatched(lambda: result.append(fastattn.softmax(x.to("meta"), -1)))

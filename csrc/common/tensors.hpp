@@ -15,7 +15,7 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline constexpr int64_t kMaxDim = 16;
+inline constexpr int64_t kMaxDim = 64;
 
 // Not initialised, contiguous. Straight from torch's C functions: through its dispatcher it takes several microseconds.
 inline Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype, int32_t device_type, int32_t device_index) {

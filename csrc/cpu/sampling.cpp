@@ -134,7 +134,7 @@ template <class F>
 void for_each_row(
     const Tensor& logits, const std::optional<Tensor>& temperatures, const std::optional<Tensor>& top_ks, const std::optional<Tensor>& top_ps,
     const std::optional<Tensor>& min_ps, const Parameters& all, const F& f) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && logits.size(1) > 0, "sampling: logits must be rows of consecutive entries");
+  STD_TORCH_CHECK(logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) == 1) && logits.size(1) > 0, "sampling: logits must be rows of consecutive entries");
   for (const auto* t : {&temperatures, &top_ks, &top_ps, &min_ps})
     STD_TORCH_CHECK(!*t || ((*t)->numel() == logits.size(0) && (*t)->is_contiguous()), "sampling: parameters must be one a row");
   const float *temperature = values_of<float>(temperatures), *top_p = values_of<float>(top_ps), *min_p = values_of<float>(min_ps);

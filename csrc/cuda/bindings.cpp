@@ -26,14 +26,19 @@ class Device {
   }
   cudaStream_t stream() const { return nullptr; }
   int num_multiprocessors() const { return 8; }
-  void clear(void* memory, size_t bytes) const { std::memset(memory, 0, bytes); }
+  int shared_memory() const { return 100 << 10; }
+  cudaError_t clear(void* memory, size_t bytes) const {
+    if (bytes > 0) std::memset(memory, 0, bytes);
+    return cudaSuccess;
+  }
 #else
   explicit Device(const Tensor& t) : index_(t.get_device()) {
-    cudaGetDevice(&before_);
-    if (index_ != before_) cudaSetDevice(index_);
+    int current = -1;
+    cudaGetDevice(&current);
+    if (index_ != current) TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(index_, &guard_));
   }
-  ~Device() {
-    if (index_ != before_) cudaSetDevice(before_);
+  ~Device() {  // torch's guard makes no context on the device that it goes back to
+    if (guard_ != nullptr) aoti_torch_delete_device_guard(guard_);
   }
   Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
     return fastattn::empty(sizes, dtype, aoti_torch_device_type_cuda(), index_);
@@ -43,15 +48,19 @@ class Device {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
-  int num_multiprocessors() const {
-    int count = 1;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_);
-    return count;
-  }
-  void clear(void* memory, size_t bytes) const { cudaMemsetAsync(memory, 0, bytes, stream()); }
+  int num_multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  int shared_memory() const { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+  cudaError_t clear(void* memory, size_t bytes) const { return bytes > 0 ? cudaMemsetAsync(memory, 0, bytes, stream()) : cudaSuccess; }
 
  private:
-  int index_, before_;
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, name, index_);
+    return value;
+  }
+
+  int index_;
+  DeviceGuardHandle guard_ = nullptr;
 #endif
 
  public:
@@ -62,6 +71,7 @@ void check(cudaError_t error, const char* op) {
 #ifdef FASTATTN_CUDA_ON_CPU
   STD_TORCH_CHECK(error == cudaSuccess, op, ": cudaError ", int(error));
 #else
+  if (error != cudaSuccess) (void)cudaGetLastError();  // or torch would find it at a launch of its own
   STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
 #endif
 }
@@ -175,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_route_dispatch_cuda(
     Tensor logits, std::optional<Tensor> bias, int64_t top_k, bool sigmoid, bool score_first, int64_t num_groups, int64_t top_k_groups,
     bool renormalize, double scaling_factor) {
   constexpr char kOp[] = "moe_route_dispatch_cuda";
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && top_k >= 0, kOp, ": logits must be rows of consecutive entries");
+  STD_TORCH_CHECK(logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) <= 1) && top_k >= 0, kOp, ": logits must be rows of consecutive entries");
   const Device device(logits);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   const MoEPlan plan(device, num_tokens * top_k, num_experts);
@@ -262,14 +272,14 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
   // A fixed split promises a sequence the same bits in any company: packed, that may have more queries than it has itself.
   const int64_t rows = packed && num_splits > 0 ? INT32_MAX : p.seqlen_q * (p.num_heads / std::max<int64_t>(p.num_kv_heads, 1));
   p.tile_rows = paged_attention_tile_rows(rows, p.head_dim, p.dtype);
-  p.num_splits = num_splits > 0 ? int32_t(num_splits) : paged_attention_num_splits(p, device.num_multiprocessors());
+  p.num_splits = num_splits > 0 ? int32_t(num_splits) : paged_attention_num_splits(p, device.num_multiprocessors(), device.shared_memory());
 
   const Tensor out = device.empty(q.sizes(), q.scalar_type());
   const Tensor lse = packed ? device.empty({p.num_heads, p.total_q}, ScalarType::Float)
                             : device.empty({p.batch, p.num_heads, max_seqlen_q}, ScalarType::Float);
   p.out = out.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
   if (packed) {  // rows of no sequence, which nobody writes
-    device.clear(p.out, out.numel() * out.element_size());
+    check(device.clear(p.out, out.numel() * out.element_size()), kOp);
     torch::stable::fill_(const_cast<Tensor&>(lse), -INFINITY);
   }
   std::optional<Tensor> memory;
@@ -279,7 +289,7 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
     p.partial_out = static_cast<float*>(memory->data_ptr());
     p.partial_lse = p.partial_out + partial_rows * p.head_dim;
     p.counters = reinterpret_cast<uint32_t*>(p.partial_lse + partial_rows);
-    device.clear(p.counters, tiles * sizeof(uint32_t));
+    check(device.clear(p.counters, tiles * sizeof(uint32_t)), kOp);
   }
   check(paged_attention(p, device.stream()), kOp);
   return {out, lse};
@@ -290,7 +300,7 @@ Tensor sample_cuda(
     Tensor logits, Tensor seed, std::optional<Tensor> temperatures, std::optional<Tensor> top_ks, std::optional<Tensor> top_ps,
     std::optional<Tensor> min_ps, double temperature, int64_t top_k, double top_p, double min_p) {
   constexpr char kOp[] = "sample_cuda";
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1, kOp, ": logits must be rows of consecutive entries");
+  STD_TORCH_CHECK(logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) <= 1), kOp, ": logits must be rows of consecutive entries");
   const Device device(logits);
   const Tensor ids = device.empty({logits.size(0)}, ScalarType::Long);
   SampleParams p = {};

@@ -656,13 +656,16 @@ int64_t paged_attention_tiles(const PagedAttentionParams& p) {
   return p.batch * p.num_kv_heads * ((rows_of(p) + p.tile_rows - 1) / p.tile_rows);
 }
 
-int32_t paged_attention_num_splits(const PagedAttentionParams& p, int num_multiprocessors) {
+int32_t paged_attention_num_splits(const PagedAttentionParams& p, int num_multiprocessors, int64_t shared_memory) {
   constexpr int64_t kMinSteps = 4;  // of a split: below that its start and its share of the merge cost more than it saves
   const int64_t chunks = (p.head_dim * (p.dtype == Dtype::kFloat32 ? 4 : 2) + 15) / 16;
   const int64_t lanes = chunks <= 8 ? 8 : chunks <= 16 ? 16 : 32;
   const bool is_mma = p.tile_rows == kMmaRows;
   const int64_t step = kWarps * (is_mma ? kStageChunks : kPasses * kWarpSize) / lanes;
-  const int64_t resident = is_mma ? 3 : p.tile_rows < 4 ? 4 : p.tile_rows == 4 ? 3 : 2;  // of the kernels' __launch_bounds__
+  const int64_t bounds = is_mma ? 3 : p.tile_rows < 4 ? 4 : p.tile_rows == 4 ? 3 : 2;  // of the kernels' __launch_bounds__
+  constexpr int64_t kReserved = 2 << 10;                                               // of shared memory, for static ones and the driver
+  const int64_t room = shared_memory / (static_cast<int64_t>(is_mma ? mma_bytes(static_cast<int>(lanes)) : kCoreBytes) + kReserved);
+  const int64_t resident = room < 1 ? 1 : room < bounds ? room : bounds;
   const int64_t slots = num_multiprocessors * resident, tiles = paged_attention_tiles(p);
   const int64_t capacity = p.page_size > 0 && p.max_pages > kPagedMaxKeys / p.page_size ? kPagedMaxKeys : p.max_pages * p.page_size;
   int64_t most = capacity / (step * kMinSteps) < kPagedMaxSplits ? capacity / (step * kMinSteps) : kPagedMaxSplits;
@@ -696,11 +699,11 @@ cudaError_t paged_attention(const PagedAttentionParams& p, cudaStream_t stream) 
   if (!are_rows_aligned(p, p.k_cache, p.stride_kp, p.stride_ks, p.stride_kh, width)) return cudaErrorInvalidValue;
   if (!are_rows_aligned(p, p.v_cache, p.stride_vp, p.stride_vs, p.stride_vh, width)) return cudaErrorInvalidValue;
   if (p.tile_rows < 1 || p.num_splits < 1 || p.num_splits > kPagedMaxSplits) return cudaErrorInvalidValue;
-  if (p.num_splits > 1 && (!p.partial_out || !is_aligned(p.partial_out) || !p.partial_lse || !p.counters)) return cudaErrorInvalidValue;
   constexpr int64_t kMost = INT32_MAX;
   if (p.batch > kMost || p.num_heads > kMost || p.seqlen_q > kPagedMaxKeys || rows_of(p) > kPagedMaxKeys) return cudaErrorInvalidValue;
   const int64_t tiles_of_group = (rows_of(p) + p.tile_rows - 1) / p.tile_rows, pairs = p.batch * p.num_kv_heads;
   if (pairs == 0 || tiles_of_group == 0) return cudaSuccess;
+  if (p.num_splits > 1 && (!p.partial_out || !is_aligned(p.partial_out) || !p.partial_lse || !p.counters)) return cudaErrorInvalidValue;
   if (pairs > kMost / p.num_splits / tiles_of_group) return cudaErrorInvalidValue;
 
   Args a;

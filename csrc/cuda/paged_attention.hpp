@@ -36,7 +36,7 @@ struct PagedAttentionParams {
   int64_t window_left, window_right;  // query i sees keys from i + seqlen_k − seqlen_q − left to … + right; causal: right = 0
   float softmax_scale, softcap;       // softcap 0: none
   Dtype dtype;                        // of q, caches and out
-  int32_t num_splits;                 // of each tile's keys (kernels/paged_tiles.py picks), at most √(keys / tile_rows): one block merges
+  int32_t num_splits;                 // of each tile's keys at most √(keys / tile_rows), as one block merges: paged_attention_num_splits
   int32_t tile_rows;                  // of a group, that a block computes together: paged_attention_tile_rows
 };
 
@@ -47,9 +47,9 @@ int32_t paged_attention_tile_rows(int64_t rows, int64_t head_dim, Dtype dtype);
 // How many tiles a launch has: batch · num_kv_heads · ⌈rows / tile_rows⌉. The sizes above are made of it.
 int64_t paged_attention_tiles(const PagedAttentionParams& params);
 
-// How many ways to split the keys of a launch's tiles on a part of so many multiprocessors: the fewest that keep it nearly as busy as the best
+// How many ways to split the keys of a launch's tiles on a part of so many multiprocessors with so much shared memory each: the fewest that keep it nearly as busy as the best
 // count would. Lengths are on the GPU and play no part, so that a captured graph stays right as they grow. No more than kPagedMaxSplits.
-int32_t paged_attention_num_splits(const PagedAttentionParams& params, int num_multiprocessors);
+int32_t paged_attention_num_splits(const PagedAttentionParams& params, int num_multiprocessors, int64_t shared_memory);
 
 // Asynchronous on the stream. cudaErrorInvalidValue: what this kernel does not do, which is
 //   - head_dim that is no multiple of 16 bytes, or more than 256 (float32: 128); v_cache's another than k_cache's

@@ -15,9 +15,9 @@ cuda_operators.define(
 FEW_TOKENS = 64
 
 
-def limit(cos: Tensor | None, sin: Tensor | None) -> str | None:
+def limit(k: Tensor, cos: Tensor | None, sin: Tensor | None) -> str | None:
     """What of a call the kernel does not do, or None."""
-    if not cuda_operators.available("append_paged_kv_cuda"):
+    if not cuda_operators.available("append_paged_kv_cuda", k):
         return cuda_operators.nothing
     if cos is not None and (cos.dtype == torch.float64 or cos.dtype != sin.dtype):
         return "tables in float64, or of two dtypes"

@@ -16,9 +16,9 @@ cuda_operators.define(
 )
 
 
-def limit(num_slots: int) -> str | None:
+def limit(t: Tensor, num_slots: int) -> str | None:
     """What of a call the kernels do not do, or None."""
-    if not cuda_operators.available("moe_route_dispatch_cuda"):
+    if not cuda_operators.available("moe_route_dispatch_cuda", t):
         return cuda_operators.nothing
     return None if num_slots <= MAX_SLOTS else f"more than {MAX_SLOTS} slots"
 

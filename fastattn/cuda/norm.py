@@ -17,7 +17,7 @@ cuda_operators.define(
 
 def limit(x, residual, weight, bias, dropout_p, subtract_mean, cast_before_weight, dtype) -> str | None:
     """What of a call the kernel does not do, or None."""
-    if not cuda_operators.available("norm_fwd_cuda"):
+    if not cuda_operators.available("norm_fwd_cuda", x):
         return cuda_operators.nothing
     if dropout_p > 0.0:
         return "dropout"

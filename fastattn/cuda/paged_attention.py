@@ -18,7 +18,7 @@ FEW_ROWS = 16  # queries times heads of a group: one tile
 
 def limit(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     """What of a call the kernel does not do, or None."""
-    if not cuda_operators.available("paged_attention_cuda"):
+    if not cuda_operators.available("paged_attention_cuda", q):
         return cuda_operators.nothing
     if k_cache.dtype != q.dtype:
         return "a quantised cache"

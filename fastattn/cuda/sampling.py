@@ -15,9 +15,9 @@ cuda_operators.define(
 FEW_ROWS = 16
 
 
-def limit() -> str | None:
+def limit(logits: Tensor) -> str | None:
     """What of a call the kernel does not do, or None."""
-    return None if cuda_operators.available("sample_cuda") else cuda_operators.nothing
+    return None if cuda_operators.available("sample_cuda", logits) else cuda_operators.nothing
 
 
 def is_chosen(logits: Tensor) -> bool:

@@ -14,7 +14,7 @@ cuda_operators.define("softmax_fwd_cuda(Tensor x, ScalarType dtype) -> Tensor")
 
 def limit(x: Tensor, dim: int) -> str | None:
     """What of a call the kernel does not do, or None."""
-    if not cuda_operators.available("softmax_fwd_cuda"):
+    if not cuda_operators.available("softmax_fwd_cuda", x):
         return cuda_operators.nothing
     if dim != x.dim() - 1:
         return "another dim than the last"

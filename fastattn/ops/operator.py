@@ -54,19 +54,18 @@ operators = types.SimpleNamespace()
 
 
 def _call(operator: torch._ops.OpOverload, on_cpu: Callable, on_cuda: Callable, *args: Any) -> Any:
-    """The operator's result. For forwards: a backward may be given what the older vmap has batched, which only the dispatcher knows."""
+    """The operator's result."""
     if not (torch.compiler.is_compiling() or _is_watched()):
-        device = None
+        implementation = None
         for arg in args:
             if isinstance(arg, Tensor):
-                if type(arg) not in _PLAIN:
+                # Of these the dispatcher makes plain ones, or a loop over them.
+                if type(arg) not in _PLAIN or arg.is_neg() or torch._C._functorch.is_legacy_batchedtensor(arg):
                     break
-                device = device or arg.device.type
+                implementation = implementation or (on_cuda if arg.is_cuda else on_cpu if arg.is_cpu else operator)
         else:
-            if device == "cuda":
-                return on_cuda(*args)
-            if device == "cpu":
-                return on_cpu(*args)
+            if implementation is not None:
+                return implementation(*args)
     return operator(*args)
 
 

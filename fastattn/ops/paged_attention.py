@@ -284,7 +284,8 @@ def paged_attention(
             (on CPU tensors too, where the keys are divided by memory, and the number itself changes nothing).
         return_lse: also return the log-sum-exp of the scores.
         backend: which of two kernels runs on CUDA tensors. None: CUDA C++ where S_q·H/H_kv is at most 16, if it is built and does what is
-            asked (`fastattn.cuda.paged_attention.limit`), else Triton. What is named runs or raises.
+            asked (`fastattn.cuda.paged_attention.limit`), but not in a packed batch of a given num_splits; else Triton. What is named
+            runs or raises.
 
     Returns:
         out: q's shape with D_v as its last dim, q's dtype. A query that sees no key is 0; so are rows past cu_seqlens_q[-1].
