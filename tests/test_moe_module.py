@@ -240,6 +240,18 @@ def test_capacity_is_counted_exactly(factor, slots, capacity):
     assert (kept == 0).sum() == capacity and not kept[:capacity].any()
 
 
+def test_experts_of_ones_own():
+    """By transformers' signature, in the layer's place."""
+
+    class Mine(torch.nn.Module):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return hidden_states * top_k_weights.sum(-1, keepdim=True)
+
+    layer, x = MoE(16, 12, 10, 2), torch.randn(5, 16)
+    layer.experts = Mine()
+    assert layer(x)[0].shape == x.shape
+
+
 def test_a_capacity_may_be_set_later():
     layer, indices = MoE(16, 12, 10, 1), torch.zeros(100, 1, dtype=torch.int64)
     for factor, capacity in ((1.1, 11), (0.5, 5)):

@@ -313,10 +313,12 @@ class MoE(torch.nn.Module):
         logits = self.gate(tokens)
         bias = self.gate.e_score_correction_bias
         weights, indices, plan = moe_route(logits, self.top_k, bias=bias, **self.routing, return_plan=True)
-        if self.capacity_factor is None:
-            out = self.experts(tokens, indices, weights, plan)
-        else:
+        if self.capacity_factor is not None:
             out = self.experts(tokens, self._within_capacity(indices, plan), weights)
+        elif type(self.experts).forward is Experts.forward:
+            out = self.experts(tokens, indices, weights, plan)
+        else:  # of a caller's own, by transformers' signature
+            out = self.experts(tokens, indices, weights)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
         return out.view(x.shape), self._aux(logits, indices)
