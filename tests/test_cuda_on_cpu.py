@@ -94,6 +94,7 @@ def test_offsets_beyond_32_bits(build, tmp_path):
 # Memory, undefined behaviour, races.
 
 
+@pytest.mark.more  # it takes a minute to compile
 def test_address_and_undefined_behaviour(build, tmp_path):
     check_apart(build("asan"), [*CASES, *probes.misuse_cases(), *CASES[:4]], (0, 2), tmp_path)
 
@@ -106,10 +107,17 @@ def test_races_and_uninitialised_shared_memory(build, tmp_path):
 # The compiler that they are for.
 
 
+QUICK = ("norm.cu", "sm_90a")
+
+
 @pytest.mark.parametrize(
-    "arch", ["sm_90a", *(pytest.param(arch, marks=pytest.mark.more) for arch in ("sm_80", "sm_89", "sm_100a", "sm_120"))]
+    "source, arch",
+    [
+        pytest.param(source, arch, id=f"{source.name}-{arch}", marks=[] if (source.name, arch) == QUICK else pytest.mark.more)
+        for source in kernels_of(CSRC)
+        for arch in ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120")
+    ],
 )
-@pytest.mark.parametrize("source", kernels_of(CSRC), ids=lambda source: source.name)
 def test_nvcc_spills_nothing(source, arch, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -152,7 +160,7 @@ def test_every_fault_has_its_place(kernels):
 
 @pytest.mark.parametrize(
     "kernels, fault, name",
-    [pytest.param(*planted, marks=[] if planted[1].quick and planted[2] != "plain" else pytest.mark.more) for planted in PLANTED],
+    [pytest.param(*planted, marks=[] if planted[1].quick and planted[2] == "races" else pytest.mark.more) for planted in PLANTED],
     ids=[f"{name}-{kernels.__name__.split('.')[-1]}-{fault.name}".replace(" ", "_") for kernels, fault, name in PLANTED],
 )
 def test_a_planted_fault_is_caught(kernels, fault, name, build, tmp_path):
