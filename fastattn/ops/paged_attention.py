@@ -237,7 +237,7 @@ def attend_paged(
     if max_seqlen_q is None:
         max_seqlen_q = q.shape[0 if cu_seqlens_q is not None else 1]
     tensors = cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad
-    options = max_seqlen_q, window_left, window_right, softmax_scale, float(softcap), num_splits, backend
+    options = max_seqlen_q, window_left, window_right, softmax_scale, float(softcap), int(num_splits), backend
     return apply(OP, _PagedAttention, q, k_cache, v_cache, page_table, seqlens_k, tensors, options)
 
 
