@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -186,7 +185,7 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     table, lengths = torch.arange(4, device=device).int().view(2, 2), torch.zeros(2, device=device).int()
     return {
         "fastattn.append_paged_kv": lambda: _ours("append")(k, k, k_cache, v_cache, table, lengths),
-        **by_backend("fastattn.append_paged_kv", partial(_ours("append"), k, k, k_cache, v_cache, table, lengths), device),
+        **by_backend("fastattn.append_paged_kv", functools.partial(_ours("append"), k, k, k_cache, v_cache, table, lengths), device),
         "torch": lambda: _torch("append")(k, k, k_cache, v_cache, table, lengths),
     }
 

@@ -108,7 +108,7 @@ def _info(options: argparse.Namespace) -> int:
 # Ops of two implementations on a device: their compiled operator, and when it is the one.
 _COMPILED = {
     "attention": ("attention_fwd_cpp", "short sequences with softcap, dropout or ALiBi"),
-    "paged_attention": ("paged_attention_cpp", "up to 64 rows of a group"),
+    "paged_attention": ("paged_attention_cpp", "few rows of a group"),
     "append_paged_kv": ("append_paged_kv_cpp", ""),
     "sampling": ("sample_cpp", ""),
     "moe_routing": ("moe_dispatch_cpp", "the sort of slots by expert"),
@@ -116,10 +116,10 @@ _COMPILED = {
 _COMPILED_CUDA = {
     "norm": ("norm_fwd_cuda", "few rows, forward"),
     "softmax": ("softmax_fwd_cuda", "few rows, forward"),
-    "paged_attention": ("paged_attention_cuda", "up to 16 rows of a group"),
-    "append_paged_kv": ("append_paged_kv_cuda", "up to 64 tokens"),
-    "sampling": ("sample_cuda", "up to 16 rows"),
-    "moe_routing": ("moe_route_dispatch_cuda", "up to 256 slots"),
+    "paged_attention": ("paged_attention_cuda", "few rows of a group"),
+    "append_paged_kv": ("append_paged_kv_cuda", "few tokens"),
+    "sampling": ("sample_cuda", "few rows"),
+    "moe_routing": ("moe_route_dispatch_cuda", "few slots"),
 }
 
 

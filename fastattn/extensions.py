@@ -20,6 +20,8 @@ class Operators:
     def __init__(self, module: str, variable: str, lacks: str | None = None) -> None:
         """variable: of the environment, names another library, as tests do, or is 0 for none. lacks: why it cannot run here."""
         self.why_not = _load(module, variable, lacks)  # None once it is loaded
+        # What an operator that is not available does not do, for a caller who asks for it.
+        self.nothing = f"anything: {self.why_not or 'it is an older build, or another device'}"
         self._found: set[str] = set()
 
     def define(self, schema: str) -> None:
@@ -28,11 +30,6 @@ class Operators:
         name = schema.partition("(")[0]
         if any(_is_implemented(name, key) for key in ("CPU", "CUDA")):  # CUDA's for CPU tensors, too, by the tests' build of csrc/cuda
             self._found.add(name)
-
-    @property
-    def nothing(self) -> str:
-        """What an operator that is not available does not do, for a caller who asks for it."""
-        return f"anything: {self.why_not or 'it is an older build, or another device'}"
 
     def available(self, name: str, tensor: torch.Tensor | None = None) -> bool:
         """Whether the operator of that name has its implementation, for this tensor's device: interpreted kernels run on the CPU."""
@@ -64,6 +61,12 @@ def _load(module: str, variable: str, lacks: str | None) -> str | None:
     except OSError as error:  # of another torch, another CUDA or another libstdc++ than it was built for
         return f"does not load: {error}"
     return None
+
+
+def in_rows(t: torch.Tensor) -> torch.Tensor:
+    """t with its last dim's entries side by side, as operators take it. `contiguous` would leave the strides of empty tensors and single
+    columns as they are."""
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 cpu_operators = Operators("fastattn._C", "FASTATTN_EXTENSION")

@@ -93,3 +93,27 @@ def launches(request: pytest.FixtureRequest):
 
     with checked_launches() as record:
         yield record
+
+
+CUDA_OPERATORS = frozenset(
+    f"{op}_cuda" for op in ("append_paged_kv", "moe_dispatch", "moe_route_dispatch", "norm_fwd", "paged_attention", "sample", "softmax_fwd")
+)
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory: pytest.TempPathFactory):
+    """csrc/cuda's operators, built for CPU tensors."""
+    from cuda_on_cpu import build_operators, made_once
+
+    return made_once(tmp_path_factory, "cuda-operators", build_operators) / "operators.so"
+
+
+@pytest.fixture
+def cuda(cuda_library, monkeypatch: pytest.MonkeyPatch):
+    """The CUDA operators are there, for the CPU tensors of an `interpret` test."""
+    from fastattn.extensions import cuda_operators
+
+    torch.ops.load_library(cuda_library)
+    missing = [name for name in CUDA_OPERATORS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", "CPU")]
+    assert not missing
+    monkeypatch.setattr(cuda_operators, "_found", CUDA_OPERATORS)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_on_cpu import BF16, F16, F32, build_operators, made_once
+from cuda_on_cpu import BF16, F16, F32
 from torch import Tensor
 
 import fastattn
@@ -103,20 +103,8 @@ def hold(name: str, device: str) -> None:
 
 @pytest.mark.interpret
 @NAMES
-def test_cases_are_sound(name, loaded):
+def test_cases_are_sound(name, cuda):
     hold(name, "cpu")
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return made_once(tmp_path_factory, "cuda-operators", build_operators) / "operators.so"
-
-
-@pytest.fixture
-def loaded(library, monkeypatch):
-    torch.ops.load_library(library)
-    names = {f"{op}_cuda" for op in ("append_paged_kv", "moe_dispatch", "moe_route_dispatch", "norm_fwd", "paged_attention", "sample", "softmax_fwd")}
-    monkeypatch.setattr(cuda_operators, "_found", names)
 
 
 @pytest.mark.gpu

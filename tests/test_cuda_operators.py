@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from cuda_on_cpu import BF16, F16, F32, build_operators, made_once
+from cuda_on_cpu import BF16, F16, F32
 from op_contract import check_op
 
 import fastattn
@@ -20,22 +20,6 @@ from fastattn import extensions
 from fastattn.extensions import cuda_operators
 
 pytestmark = pytest.mark.interpret
-NAMES = {
-    "append_paged_kv_cuda", "moe_dispatch_cuda", "moe_route_dispatch_cuda", "norm_fwd_cuda", "paged_attention_cuda", "sample_cuda", "softmax_fwd_cuda",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return made_once(tmp_path_factory, "cuda-operators", build_operators) / "operators.so"
-
-
-@pytest.fixture
-def cuda(library, monkeypatch):
-    torch.ops.load_library(library)
-    missing = {name for name in NAMES if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", "CPU")}
-    assert not missing
-    monkeypatch.setattr(cuda_operators, "_found", NAMES)
 
 
 def ran(f) -> list[str]:
@@ -126,6 +110,12 @@ def test_odd_shapes_are_no_reason_to_fail(cuda):
         torch.testing.assert_close(op(x), op(x.view(2, 3)).view(x.shape))
     column = torch.randn(1, 4).t()
     assert column.stride() == (1, 4) and not fastattn.sample(column).any() and not fastattn.moe_route(column, 1, return_plan=True)[1].any()
+    every_other = torch.randn(0, 20)[:, ::2]
+    assert every_other.stride() == (20, 2) and fastattn.sample(every_other).shape == (0,)
+    assert fastattn.moe_route(every_other, 1, return_plan=True)[1].shape == (0, 1)
+    assert fastattn.paged_attention(torch.randn(2, 0, 4, 32)[..., ::2], CACHE, CACHE, TABLE, LENGTHS).shape == (2, 0, 4, 16)
+    nothing = torch.randn(2, 0, 2, 32)[..., ::2]
+    fastattn.append_paged_kv(nothing, nothing, CACHE.clone(), CACHE.clone(), TABLE, LENGTHS)
     for batch, new in ((0, 1), (2, 0)):
         q, table = torch.randn(batch, new, 4, 16), TABLE[:batch]
         for splits in (0, 4):
@@ -206,9 +196,9 @@ def test_sampling_draws_what_triton_draws(top_k, cuda):
 
 @pytest.mark.more
 @pytest.mark.parametrize("op", [name for name in CALLS if " " not in name])
-def test_an_ops_tests_pass_on_them(op, library):
+def test_an_ops_tests_pass_on_them(op, cuda_library):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "(interpret or both) and not more", f"tests/test_{op}.py"],
-        env=os.environ | {"FASTATTN_CUDA_EXTENSION": str(library)}, capture_output=True, text=True, timeout=550,
+        env=os.environ | {"FASTATTN_CUDA_EXTENSION": str(cuda_library)}, capture_output=True, text=True, timeout=550,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]

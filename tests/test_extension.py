@@ -317,6 +317,15 @@ def test_sampling_is_what_torch_makes_of_it(name, sampling, both_ways):
 
 
 @BUILT
+def test_nothing_to_sample_or_to_append():
+    """Of strides that `contiguous` leaves to empty tensors."""
+    assert fastattn.sample(torch.randn(0, 20)[:, ::2]).shape == (0,) and fastattn.sampling_probs(torch.randn(0, 20)[:, ::2]).shape == (0, 10)
+    new, cache = torch.randn(2, 0, 2, 32)[..., ::2], torch.zeros(3, 4, 2, 16)
+    fastattn.append_paged_kv(new, new, cache, cache.clone(), torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    assert not cache.any()
+
+
+@BUILT
 def test_sampling_by_each_rows_own_parameters(both_ways):
     logits = torch.randn(len(SAMPLINGS), 2000)
     temperature, top_k, top_p, min_p = (torch.tensor(values) for values in zip(*SAMPLINGS.values(), strict=True))

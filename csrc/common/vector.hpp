@@ -32,6 +32,22 @@ __device__ __forceinline__ float round_to(float value) {
 }
 
 template <class T>
+struct Type {
+  using type = T;
+};
+
+// f(Type<T>{}) of the float that a dtype is; of any other it is cudaErrorInvalidValue.
+template <class F>
+cudaError_t with_float(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(Type<float>{});
+    case Dtype::kFloat16: return f(Type<__half>{});
+    case Dtype::kBFloat16: return f(Type<__nv_bfloat16>{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template <class T>
 inline constexpr int kVectorSize = 16 / sizeof(T);
 
 // 16 bytes, which move in one instruction; their lanes are T's.

@@ -222,12 +222,7 @@ bool takes(const AppendPagedKvParams& p) {
 cudaError_t append_paged_kv(const AppendPagedKvParams& params, cudaStream_t stream) {
   if (!takes(params)) return cudaErrorInvalidValue;
   if (params.batch == 0 || params.seqlen == 0 || params.num_heads == 0 || params.num_pages == 0) return cudaSuccess;
-  switch (params.dtype) {
-    case Dtype::kFloat32: return launch_append<float>(params, stream);
-    case Dtype::kFloat16: return launch_append<__half>(params, stream);
-    case Dtype::kBFloat16: return launch_append<__nv_bfloat16>(params, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_float(params.dtype, [&](auto type) { return launch_append<typename decltype(type)::type>(params, stream); });
 }
 
 }  // namespace fastattn

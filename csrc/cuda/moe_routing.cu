@@ -330,12 +330,7 @@ cudaError_t moe_route_dispatch(const MoERouteParams& params, cudaStream_t stream
   if (p.top_k_groups < 1 || p.top_k_groups > p.num_groups) return cudaErrorInvalidValue;
   if (p.top_k > p.num_experts / p.num_groups * p.top_k_groups) return cudaErrorInvalidValue;
   if (p.score != MoEScore::kSoftmax && p.score != MoEScore::kSigmoid) return cudaErrorInvalidValue;
-  switch (p.dtype) {
-    case Dtype::kFloat32: return launch_route<float>(p, stream);
-    case Dtype::kFloat16: return launch_route<__half>(p, stream);
-    case Dtype::kBFloat16: return launch_route<__nv_bfloat16>(p, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_float(p.dtype, [&](auto type) { return launch_route<typename decltype(type)::type>(p, stream); });
 }
 
 cudaError_t moe_dispatch(const MoEDispatchParams& params, cudaStream_t stream) {

@@ -237,12 +237,7 @@ cudaError_t norm_fwd(const NormParams& params, cudaStream_t stream) {
   if (params.cast_before_weight && params.weight != nullptr && params.weight_dtype != params.dtype) return cudaErrorInvalidValue;
   if (params.num_rows < 0 || params.num_cols < 0) return cudaErrorInvalidValue;
   if (params.num_rows == 0 || params.num_cols == 0) return cudaSuccess;
-  switch (params.dtype) {
-    case Dtype::kFloat32: return launch_norm<float>(params, stream);
-    case Dtype::kFloat16: return launch_norm<__half>(params, stream);
-    case Dtype::kBFloat16: return launch_norm<__nv_bfloat16>(params, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_float(params.dtype, [&](auto type) { return launch_norm<typename decltype(type)::type>(params, stream); });
 }
 
 }  // namespace fastattn

@@ -720,12 +720,7 @@ cudaError_t paged_attention(const PagedAttentionParams& p, cudaStream_t stream) 
   a.score_scale = is_capped ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2E;
   a.cap = is_capped ? p.softcap * kLog2E : 0.0f;
   const unsigned blocks = static_cast<unsigned>(pairs * tiles_of_group * p.num_splits);
-  switch (p.dtype) {
-    case Dtype::kFloat32: return launch_tiles<float>(a, blocks, stream);
-    case Dtype::kFloat16: return launch_tiles<__half>(a, blocks, stream);
-    case Dtype::kBFloat16: return launch_tiles<__nv_bfloat16>(a, blocks, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_float(p.dtype, [&](auto type) { return launch_tiles<typename decltype(type)::type>(a, blocks, stream); });
 }
 
 }  // namespace fastattn

@@ -595,12 +595,7 @@ cudaError_t sample(const SampleParams& params, cudaStream_t stream) {
   if (params.num_cols < 1 || params.num_cols > kMaxSampledColumns) return cudaErrorInvalidValue;
   if (params.dtype != Dtype::kFloat32 && params.dtype != Dtype::kFloat16 && params.dtype != Dtype::kBFloat16) return cudaErrorInvalidValue;
   if (params.num_rows == 0) return cudaSuccess;
-  switch (params.dtype) {
-    case Dtype::kFloat32: return launch_sample<float>(params, stream);
-    case Dtype::kFloat16: return launch_sample<__half>(params, stream);
-    case Dtype::kBFloat16: return launch_sample<__nv_bfloat16>(params, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_float(params.dtype, [&](auto type) { return launch_sample<typename decltype(type)::type>(params, stream); });
 }
 
 }  // namespace fastattn

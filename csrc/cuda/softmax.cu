@@ -207,12 +207,7 @@ cudaError_t softmax_fwd(const SoftmaxParams& params, cudaStream_t stream) {
   if (params.y_dtype != params.dtype && params.y_dtype != Dtype::kFloat32) return cudaErrorInvalidValue;
   if (params.num_rows < 0 || params.num_cols < 0) return cudaErrorInvalidValue;
   if (params.num_rows == 0 || params.num_cols == 0) return cudaSuccess;
-  switch (params.dtype) {
-    case Dtype::kFloat32: return launch_softmax<float>(params, stream);
-    case Dtype::kFloat16: return launch_softmax<__half>(params, stream);
-    case Dtype::kBFloat16: return launch_softmax<__nv_bfloat16>(params, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_float(params.dtype, [&](auto type) { return launch_softmax<typename decltype(type)::type>(params, stream); });
 }
 
 }  // namespace fastattn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.extensions import cpu_operators
+from fastattn.extensions import cpu_operators, in_rows
 
 from .rotary import rotary
 
@@ -23,9 +23,8 @@ def append_paged_kv(
 ) -> None:  # fmt: skip
     """k, rotated, and v into their slots. Positions lie within the tables, and cu_seqlens within k: the operator has looked."""
     if cpu_operators.available("append_paged_kv_cpp") and (cos is None or cos.dtype == sin.dtype != torch.float64):
-        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
         rest = (t if t is None else t.contiguous() for t in (cache_seqlens, cu_seqlens, cos, sin, k_scale, v_scale))
-        torch.ops.fastattn.append_paged_kv_cpp(k, v, k_cache, v_cache, page_table, *rest, interleaved)
+        torch.ops.fastattn.append_paged_kv_cpp(in_rows(k), in_rows(v), k_cache, v_cache, page_table, *rest, interleaved)
         return
     lengths = torch.full(cache_seqlens.shape, k.shape[1]) if cu_seqlens is None else cu_seqlens.diff()
     if k.dim() == 4:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastattn.extensions import cpu_operators
+from fastattn.extensions import cpu_operators, in_rows
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -122,7 +122,7 @@ def attention_fwd(
     where `keeps_weights` says so: the weights, (B, H, S_q, S_k) in `product_dtype`, dropped ones with a minus sign.
     """
     if not keep_weights and _compiled_fits(q, k, attn_bias, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
-        tensors = *map(_with_rows, (q, k, v)), contiguous_floats(alibi_slopes), contiguous_floats(sinks), dropout_seed
+        tensors = *map(in_rows, (q, k, v)), contiguous_floats(alibi_slopes), contiguous_floats(sinks), dropout_seed
         options = window_left, window_right, softmax_scale, softcap, _resolved(dropout_p)
         return *torch.ops.fastattn.attention_fwd_cpp(*tensors, *options), None
     unmodified = cu_seqlens_q is None and sinks is None and softcap == dropout_p == 0 and not keep_weights
@@ -184,7 +184,7 @@ def attention_bwd(
     """
     if weights is None and _compiled_fits(q, k, attn_bias, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
         dq, dk, dv, delta = torch.ops.fastattn.attention_bwd_cpp(
-            _with_rows(dout), contiguous_floats(dlse), *map(_with_rows, (q, k, v)), contiguous_floats(alibi_slopes),
+            in_rows(dout), contiguous_floats(dlse), *map(in_rows, (q, k, v)), contiguous_floats(alibi_slopes),
             contiguous_floats(sinks), dropout_seed, contiguous_floats(lse), window_left, window_right, softmax_scale, softcap,
             _resolved(dropout_p),
         )  # fmt: skip
@@ -238,10 +238,6 @@ def _compiled_fits(q, k, bias, slopes, cu_seqlens_q, softcap: float, dropout_p: 
     if seqlen_q * (num_heads // num_kv_heads) * seqlen_k > _COMPILED_ELEMENTS:
         return False
     return cpu_operators.available("attention_fwd_cpp")
-
-
-def _with_rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def contiguous_floats(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -406,7 +402,7 @@ def _fused_inputs(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """(B, S, H, any D) tensors as the fused op needs them: (B, H, S, D) views, one D for all, last stride 1."""
     head_dim = max(t.shape[-1] for t in tensors)
     tensors = (t if t.shape[-1] == head_dim else F.pad(t, (0, head_dim - t.shape[-1])) for t in tensors)
-    return [_with_rows(t).transpose(1, 2) for t in tensors]
+    return [in_rows(t).transpose(1, 2) for t in tensors]
 
 
 def _one_call(q, k, v, bias, slopes, left, right) -> bool | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.extensions import cpu_operators
+from fastattn.extensions import cpu_operators, in_rows
 
 _PARAMETERS = (
     "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, float temperature, int top_k, float top_p, float min_p"
@@ -29,7 +29,7 @@ def sample(
     generator = torch.Generator().manual_seed(int(seed))
     uniform = torch.rand(logits.shape[0], 1, dtype=torch.float64, generator=generator)
     if cpu_operators.available("sample_cpp"):
-        return torch.ops.fastattn.sample_cpp(_in_rows(logits), uniform, *_compiled(temperature, top_k, top_p, min_p))
+        return torch.ops.fastattn.sample_cpp(in_rows(logits), uniform, *_compiled(temperature, top_k, top_p, min_p))
     ids = torch.empty(logits.shape[0], dtype=torch.int64)
     for rows, probs in _chunks(logits, temperature, top_k, top_p, min_p):
         cdf = probs.cumsum(1, dtype=torch.float64)
@@ -46,15 +46,11 @@ def sampling_probs(
 ) -> Tensor:
     """What `sample` draws from, (B, V) float32."""
     if cpu_operators.available("sampling_probs_cpp"):
-        return torch.ops.fastattn.sampling_probs_cpp(_in_rows(logits), *_compiled(temperature, top_k, top_p, min_p))
+        return torch.ops.fastattn.sampling_probs_cpp(in_rows(logits), *_compiled(temperature, top_k, top_p, min_p))
     probs = torch.empty(logits.shape, dtype=torch.float32)
     for rows, chunk in _chunks(logits, temperature, top_k, top_p, min_p):
         probs[rows] = chunk
     return probs
-
-
-def _in_rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _compiled(*parameters: float | Tensor) -> list[float | Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.extensions import cuda_operators
+from fastattn.extensions import cuda_operators, in_rows
 
 cuda_operators.define(
     "append_paged_kv_cuda(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor cache_seqlens, "
@@ -34,11 +34,7 @@ def append_paged_kv(
     cos: Tensor | None, sin: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, interleaved: bool,
 ) -> None:  # fmt: skip
     """As the Triton kernel's, within the limits above."""
-    k, v, page_table, cos, sin = (_with_contiguous_cols(t) for t in (k, v, page_table, cos, sin))
+    k, v, page_table, cos, sin = (t if t is None else in_rows(t) for t in (k, v, page_table, cos, sin))
     whole = (t if t is None else t.contiguous() for t in (cache_seqlens, cu_seqlens))
     scales = (t if t is None else t.contiguous() for t in (k_scale, v_scale))
     torch.ops.fastattn.append_paged_kv_cuda(k, v, k_cache, v_cache, page_table, *whole, cos, sin, *scales, interleaved)
-
-
-def _with_contiguous_cols(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.extensions import cuda_operators
+from fastattn.extensions import cuda_operators, in_rows
 
 MAX_SLOTS = 256  # T·K, all in one block
 
@@ -33,8 +33,7 @@ def moe_route_dispatch(
     scaling_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(weights, indices) as the Triton kernel's, within the limit above, and (order, inverse, offsets) of these indices."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     bias = None if bias is None else bias.contiguous()
     return torch.ops.fastattn.moe_route_dispatch_cuda(
-        logits, bias, top_k, score == "sigmoid", order == "score_then_topk", num_groups, top_k_groups, renormalize, scaling_factor
+        in_rows(logits), bias, top_k, score == "sigmoid", order == "score_then_topk", num_groups, top_k_groups, renormalize, scaling_factor
     )

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from fastattn.extensions import cuda_operators
 
-from .rows import LAUNCH_BOUND_BYTES, lie_at_one_stride
+from .rows import are_few, lie_at_one_stride
 
 cuda_operators.define(
     "norm_fwd_cuda(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float weight_offset, bool subtract_mean, "
     "bool cast_before_weight) -> (Tensor y, Tensor h, Tensor stats)"
 )
+
+is_chosen = are_few
 
 
 def limit(x, residual, weight, bias, dropout_p, subtract_mean, cast_before_weight, dtype) -> str | None:
@@ -31,11 +33,6 @@ def limit(x, residual, weight, bias, dropout_p, subtract_mean, cast_before_weigh
     if not (lie_at_one_stride(x) and (residual is None or lie_at_one_stride(residual))):
         return "rows at more than one stride"
     return None
-
-
-def is_chosen(x: Tensor) -> bool:
-    """Where launching takes longer than the rows: C++ needs a fraction of what Python does to launch."""
-    return x.numel() * x.element_size() <= LAUNCH_BOUND_BYTES
 
 
 def norm_fwd(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.extensions import cuda_operators
+from fastattn.extensions import cuda_operators, in_rows
 
 cuda_operators.define(
     "paged_attention_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seqlens_k, Tensor? cu_seqlens_q, "
@@ -47,4 +47,4 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     """As the Triton kernel's, within the limits above."""
     in_fp32 = (t if t is None else t.float() for t in (alibi_slopes, sinks, k_scale, v_scale))
-    return torch.ops.fastattn.paged_attention_cuda(q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, *in_fp32, *rest)
+    return torch.ops.fastattn.paged_attention_cuda(in_rows(q), k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, *in_fp32, *rest)

@@ -8,6 +8,11 @@ from torch import Tensor
 LAUNCH_BOUND_BYTES = 1 << 19
 
 
+def are_few(x: Tensor) -> bool:
+    """Where launching takes longer than the rows: C++ needs a fraction of what Python does to launch."""
+    return x.numel() * x.element_size() <= LAUNCH_BOUND_BYTES
+
+
 def lie_at_one_stride(t: Tensor) -> bool:
     """Whether t (…, N) is rows of consecutive entries at one stride."""
     if t.is_contiguous():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.extensions import cuda_operators
+from fastattn.extensions import cuda_operators, in_rows
 
 cuda_operators.define(
     "sample_cuda(Tensor logits, Tensor seed, Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, float temperature, "
@@ -29,9 +29,8 @@ def sample(
     logits: Tensor, seed: Tensor, temperature: float | Tensor, top_k: int | Tensor, top_p: float | Tensor, min_p: float | Tensor
 ) -> Tensor:
     """As the Triton kernel's: its search, its draw from the same seed, and, but where rounding decides, its ids."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     given = temperature, top_k, top_p, min_p
     tensors = [value.contiguous() if isinstance(value, Tensor) else None for value in given]
     tensors = [t if t is None or i == 1 else t.float() for i, t in enumerate(tensors)]
     numbers = (1 if isinstance(value, Tensor) else value for value in given)
-    return torch.ops.fastattn.sample_cuda(logits, seed, *tensors, *numbers)
+    return torch.ops.fastattn.sample_cuda(in_rows(logits), seed, *tensors, *numbers)

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from fastattn.extensions import cuda_operators
 
-from .rows import LAUNCH_BOUND_BYTES, lie_at_one_stride
+from .rows import are_few, lie_at_one_stride
 
 cuda_operators.define("softmax_fwd_cuda(Tensor x, ScalarType dtype) -> Tensor")
+
+is_chosen = are_few
 
 
 def limit(x: Tensor, dim: int) -> str | None:
@@ -21,11 +23,6 @@ def limit(x: Tensor, dim: int) -> str | None:
     if not lie_at_one_stride(x):
         return "rows at more than one stride"
     return None
-
-
-def is_chosen(x: Tensor) -> bool:
-    """Where launching takes longer than the rows: C++ needs a fraction of what Python does to launch."""
-    return x.numel() * x.element_size() <= LAUNCH_BOUND_BYTES
 
 
 def softmax_fwd(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ def _append_paged_kv(
         _check_values(k, cache_seqlens, cu_seqlens, cos)
     if not runs_kernels(k):
         append_paged_kv = cpu.append_paged_kv
-    elif chooses_cuda(OP, backend, cuda.limit(k, cos, sin), cuda.is_chosen(k)):
+    elif chooses_cuda(OP, backend, cuda.is_chosen(k), cuda.limit, k, cos, sin):
         append_paged_kv = cuda.append_paged_kv
     else:
         from fastattn.kernels.append_paged_kv import append_paged_kv  # here, so that `import fastattn` needs no Triton

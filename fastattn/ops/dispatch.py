@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,14 +37,17 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
 
 
-def chooses_cuda(op: str, backend: str | None, limit: str | None, chosen: bool) -> bool:
+def chooses_cuda(op: str, backend: str | None, chosen: bool, limit: Callable[..., str | None], *args: Any) -> bool:
     """Whether an op that has two kernels for these tensors runs the one in CUDA C++ (fastattn.cuda), not Triton's.
 
-    limit: what of this call that one cannot do, or None; chosen: what the op's rule says where the caller names no backend.
+    chosen: what the op's rule says where the caller names no backend; limit(*args): what of this call that kernel cannot do, or None.
     """
-    if backend == "cuda" and limit is not None:
-        raise NotImplementedError(f"fastattn.{op}: backend='cuda' does not do {limit}")
-    return limit is None and (chosen if backend is None else backend == "cuda")
+    if backend == "triton" or (backend is None and not chosen):
+        return False
+    beyond = limit(*args)
+    if beyond is not None and backend == "cuda":
+        raise NotImplementedError(f"fastattn.{op}: backend='cuda' does not do {beyond}")
+    return beyond is None
 
 
 def checks_values(tensor: torch.Tensor) -> bool:

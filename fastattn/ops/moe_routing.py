@@ -64,7 +64,7 @@ def _moe_route_dispatch(
     scaling_factor: float, backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = logits, bias, top_k, score, order, num_groups, top_k_groups, renormalize, scaling_factor
-    if runs_kernels(logits) and chooses_cuda("moe_route", backend, cuda.limit(logits, logits.shape[0] * top_k), True):
+    if runs_kernels(logits) and chooses_cuda("moe_route", backend, True, cuda.limit, logits, logits.shape[0] * top_k):
         if log.isEnabledFor(logging.INFO):
             given = *map(describe, (logits, bias)), top_k, score, order
             log.info("moe_route_dispatch: logits %s bias %s top_k=%d %s %s, by CUDA C++", *given)
@@ -77,7 +77,7 @@ def _moe_dispatch(indices: Tensor, num_experts: int, backend: str | None = None)
     if log.isEnabledFor(logging.INFO):
         log.info("moe_dispatch: indices %s num_experts=%d", describe(indices), num_experts)
     _check_id_values("moe_dispatch", indices)
-    if runs_kernels(indices) and chooses_cuda("moe_dispatch", backend, cuda.limit(indices, indices.numel()), True):
+    if runs_kernels(indices) and chooses_cuda("moe_dispatch", backend, True, cuda.limit, indices, indices.numel()):
         return cuda.moe_dispatch(indices, num_experts)
     return _implementation(indices).moe_dispatch(indices, num_experts)
 

@@ -27,7 +27,7 @@ def _norm_fwd(
     if not runs_kernels(x):
         norm_fwd = cpu.norm_fwd
     elif chooses_cuda(
-        "norm_fwd", backend, cuda.limit(x, residual, weight, bias, p, subtract_mean, cast_before_weight, dtype), cuda.is_chosen(x)
+        "norm_fwd", backend, cuda.is_chosen(x), cuda.limit, x, residual, weight, bias, p, subtract_mean, cast_before_weight, dtype
     ):
         norm_fwd = cuda.norm_fwd
     else:

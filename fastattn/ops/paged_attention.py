@@ -37,7 +37,7 @@ def _paged_attention(
     if not runs_kernels(q):
         paged_attention = cpu.paged_attention
     elif chooses_cuda(
-        OP, backend, cuda.limit(q, k_cache, v_cache), cuda.is_chosen(q, k_cache, cu_seqlens_q, max_seqlen_q, num_splits)
+        OP, backend, cuda.is_chosen(q, k_cache, cu_seqlens_q, max_seqlen_q, num_splits), cuda.limit, q, k_cache, v_cache
     ):
         paged_attention = cuda.paged_attention
     else:

@@ -45,7 +45,7 @@ def _sample(
     parameters = _parameters("sample", logits, (temperatures, top_ks, top_ps, min_ps), (temperature, top_k, top_p, min_p))
     if not runs_kernels(logits):
         sample = cpu.sample
-    elif chooses_cuda("sample", backend, cuda.limit(logits), cuda.is_chosen(logits)):
+    elif chooses_cuda("sample", backend, cuda.is_chosen(logits), cuda.limit, logits):
         sample = cuda.sample
     else:
         from fastattn.kernels.sampling import sample  # here, so that `import fastattn` needs no Triton

@@ -19,7 +19,7 @@ from .operator import apply, define, differentiable, once, operators
 def _softmax_fwd(x: Tensor, dim: int, dtype: torch.dtype, backend: str | None = None) -> Tensor:
     if not runs_kernels(x):
         softmax_fwd = cpu.softmax_fwd
-    elif chooses_cuda("softmax_fwd", backend, cuda.limit(x, dim), cuda.is_chosen(x)):
+    elif chooses_cuda("softmax_fwd", backend, cuda.is_chosen(x), cuda.limit, x, dim):
         softmax_fwd = cuda.softmax_fwd
     else:
         from fastattn.kernels.softmax import softmax_fwd  # here, so that `import fastattn` needs no Triton
