@@ -483,6 +483,12 @@ def test_presets_and_fields_by_name():
         Config.from_dict({"vocab_size": 10})
 
 
+def stepped(model, new):
+    cache = model.new_cache(4)
+    cache.step([cache.allocate()], new)
+    return cache
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -490,6 +496,9 @@ def test_presets_and_fields_by_name():
         (lambda m, t: m([1, 2]), TypeError, "Transformer: tokens must be an int64 or int32 tensor, got list"),
         (lambda m, t: m(t[0]), ValueError, r"Transformer: tokens must have shape \(T,\) with cu_seqlens, \(B, S\) without, got \(9,\)"),
         (lambda m, t: m(t, cache=m.new_cache(4)), ValueError, "Transformer: cache must have a current step"),
+        (lambda m, t: m(t, cache=stepped(m, 3)), ValueError, "Transformer: tokens must be the 3 of the cache's current step, got 18"),
+        (lambda m, t: m(t + 61), ValueError, r"Transformer: tokens must lie in \[0, 61\), got "),
+        (lambda m, t: m(t - 61), ValueError, r"Transformer: tokens must lie in \[0, 61\), got -"),
     ],
 )
 def test_model_bad_input(call, error, message):

@@ -162,7 +162,8 @@ class Transformer(nn.Module):
         # After "post" blocks the stream is normalised already.
         self.norm = nn.Identity() if config.norm_position == "post" else make_norm(config, **made)
         self.unembedding = None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False, **made)
-        self.init_weights()
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
 
     def _make_block(self, layer_idx: int, **made: Any) -> Block:
         return Block(self.config, layer_idx, causal=self.causal, **made)
@@ -190,8 +191,8 @@ class Transformer(nn.Module):
             max_seqlen: the longest of them, if known: T is the bound otherwise.
             cache: of `new_cache`, whose `step` has been taken; tokens are that step's. There is no gradient.
 
-        Raises: ValueError, TypeError for tokens of another shape or type, and for sequences longer than config.max_seqlen, where a
-            length is known without reading cu_seqlens.
+        Raises: ValueError, TypeError for tokens of another shape or type, for ids that are not in the vocabulary (on the CPU), and for
+            sequences longer than config.max_seqlen, where a length is known without reading cu_seqlens.
         """
         return self._hidden(tokens, cu_seqlens, max_seqlen, cache)[0]
 
@@ -293,8 +294,8 @@ class Transformer(nn.Module):
         looked_up += 0 if self.unembedding is None else self.embedding.weight.numel()
         experts = sum(p.numel() for layer in self.layers if layer.moe is not None for p in layer.moe.experts.parameters())
         idle = experts * (1 - config.top_k / config.num_experts) if config.num_experts else 0
-        windows = (config.layer_window(layer_idx) for layer_idx in range(config.num_layers))
-        seen = sum(visible_pairs(seqlen, seqlen, None if w is None else w - 1, 0 if self.causal else None) for w in windows) / seqlen
+        lefts = [None if (w := config.layer_window(layer_idx)) is None else w - 1 for layer_idx in range(config.num_layers)]
+        seen = sum(visible_pairs(seqlen, seqlen, left, 0 if self.causal else left) for left in lefts) / seqlen
         return 6 * (self.num_parameters() - looked_up - idle) + 12 * config.num_heads * config.head_dim * seen
 
     # Inside
@@ -313,6 +314,12 @@ class Transformer(nn.Module):
             raise ValueError(f"{name}: tokens must have shape (T,) with cu_seqlens, (B, S) without, got {tuple(tokens.shape)}")
         if cache is not None and cache.current is None:
             raise ValueError(f"{name}: cache must have a current step, whose tokens these are: call step first")
+        if cache is not None and tokens.numel() != len(cache.current.slots):
+            raise ValueError(f"{name}: tokens must be the {len(cache.current.slots)} of the cache's current step, got {tokens.numel()}")
+        if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = map(int, tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"{name}: tokens must lie in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
         if self.config.positions == "alibi":
             return
         seqlen = tokens.shape[1] if tokens.dim() == 2 and cache is None else max_seqlen
