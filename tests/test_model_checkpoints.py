@@ -11,7 +11,17 @@ import sys
 import pytest
 import torch
 
-from fastattn.models import ByteTokenizer, CheckpointError, Config, Encoder, EncoderDecoder, Transformer, load, save
+from fastattn.models import (
+    PRESETS,
+    ByteTokenizer,
+    CheckpointError,
+    Config,
+    Encoder,
+    EncoderDecoder,
+    Transformer,
+    load,
+    save,
+)
 from fastattn.models.families import FAMILIES, family_of
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
@@ -27,7 +37,7 @@ CONFIGS = {
     "mistral": Config.preset("mistral-tiny", **SMALL | {"window": 6}),
     "qwen3": Config.preset("llama-tiny", **SMALL, qk_norm=True, norm_eps=1e-6),
     "mixtral": Config.preset("moe-tiny", **SMALL | {"num_experts": 4}, load_balancing_coef=0.02, z_loss_coef=0.001),
-    "gemma2": Config.preset("gemma-tiny", **SMALL | {"window": (6, None), "embedding_scale": 32**0.5, "softmax_scale": 12**-0.5}),
+    "gemma2": Config.preset("gemma-tiny", **SMALL | {"window": (6, None), "softmax_scale": 12**-0.5}),
 }  # fmt: skip
 TOKENS = torch.arange(24).view(2, 12) * 7 % 61
 
@@ -84,6 +94,10 @@ def test_what_transformers_has_no_name_for_is_read_back(cls, tmp_path):
 
 def test_families_take_what_they_can_say():
     assert all(family_of(config).model_type == name.split("-")[0] for name, config in CONFIGS.items())
+    of_presets = {"gpt2": "gpt2", "llama": "llama", "mistral": "mistral", "gemma": "gemma2", "moe": "mixtral"}
+    for name in PRESETS:
+        assert family_of(Config.preset(name, dropout=0.1)).model_type == of_presets[name.removesuffix("-tiny")]
+    assert family_of(Config.preset("gemma-tiny", hidden_size=64, num_layers=3)).model_type == "gemma2"
     for changes in ({"positions": "sinusoidal"}, {"norm": "layer"}, {"window": (3, None)}, {"qk_norm": True, "bias": True}, {"softcap": 2.0}):
         assert family_of(Config.preset("llama-tiny", **changes)) is None
 

@@ -19,7 +19,7 @@ SMALL = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, intermedi
 # What a config can say, each at least once.
 CONFIGS = {
     **{name: Config.preset(name, **SMALL, **({"window": 5} if "mistral" in name else {})) for name in TINY if "gemma" not in name},
-    "gemma": Config.preset("gemma-tiny", **SMALL | {"window": (5, None), "softcap": 4.0, "final_softcap": 3.0, "embedding_scale": 32**0.5}),
+    "gemma": Config.preset("gemma-tiny", **SMALL | {"window": (5, None), "softcap": 4.0, "final_softcap": 3.0}),
     "sinusoidal-post": Config(**SMALL, positions="sinusoidal", norm_position="post", norm="layer", activation="gelu", bias=True),
     "alibi-mqa": Config(**SMALL | {"num_heads": 3, "head_dim": 10}, num_kv_heads=1, positions="alibi", tied_embeddings=False),
     "qk-norm-llama3": Config(
@@ -259,7 +259,7 @@ def test_a_model_compiles_whole():
 
 def test_half_precision_and_autocast():
     tokens = torch.randint(61, (2, 12))
-    for name in ("llama-tiny", "sinusoidal-post", "alibi-mqa", "gemma"):
+    for name in ("moe-tiny", "sinusoidal-post", "alibi-mqa", "gemma"):
         model = make(CONFIGS[name])
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(tokens[:, :-1], tokens[:, 1:])
@@ -296,7 +296,7 @@ def test_an_encoder_sees_both_ways_and_no_padding(name):
     torch.testing.assert_close(each.sum() / ((labels != -100) & mask.bool()).sum(), expected[0])
 
 
-@pytest.mark.parametrize("name", ["llama-tiny", "gemma", "sinusoidal-post"])
+@pytest.mark.parametrize("name", ["llama-tiny", "gemma", "sinusoidal-post", "alibi-mqa", "moe-tiny"])
 def test_encoder_and_decoder_against_plain_torch(name):
     model = make(CONFIGS[name], EncoderDecoder)
     twin = in_float64(model)

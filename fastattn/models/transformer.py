@@ -172,7 +172,16 @@ class Transformer(nn.Module):
     def init_weights(self) -> None:
         """Draw all parameters anew, by torch's generator: normal with config.init_std, and where a layer adds to the residual stream,
         smaller by √(2·L), so that the stream does not grow with depth (Radford et al., 2019); biases 0, norms 1."""
-        init_weights(self, self.config)
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            module = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, fnn.RMSNorm | fnn.LayerNorm):
+                module.reset_parameters()
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                adds = "o_proj" in name or "down_proj" in name
+                parameter.normal_(0.0, std / math.sqrt(2 * self.config.num_layers) if adds else std)
 
     # Forward
 
@@ -340,18 +349,3 @@ def make_rotary(config: Config, device: torch.device | str | None) -> fnn.Rotary
         return None
     options = dict(base=config.rope_theta, max_seqlen=config.max_seqlen, scaling=config.rope_scaling)
     return fnn.RotaryEmbedding(config.head_dim, **options, device=device)
-
-
-def init_weights(model: nn.Module, config: Config) -> None:
-    for name, parameter in model.named_parameters():
-        module = name.rpartition(".")[0]
-        if isinstance(model.get_submodule(module), fnn.RMSNorm | fnn.LayerNorm):
-            continue
-        if name.endswith("bias"):
-            parameter.zero_()
-        else:
-            adds = module.endswith(("o_proj", "down_proj")) or name.endswith("down_proj")
-            parameter.normal_(0.0, config.init_std / math.sqrt(2 * config.num_layers) if adds else config.init_std)
-    for module in model.modules():
-        if isinstance(module, fnn.RMSNorm | fnn.LayerNorm):
-            module.reset_parameters()
