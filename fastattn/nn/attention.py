@@ -1,8 +1,8 @@
-"""A Llama layer's attention: projections, optional query and key norms, rotary embedding, attention, projection back."""
+"""A layer's attention: projections, optional query and key norms, positions, attention to itself or to a context, projection back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ class Attention(torch.nn.Module):
         num_heads, num_kv_heads: H, and H_kv (default H), which divides it.
         head_dim: D (default E / H).
         bias: give the four projections a bias.
-        qk_norm: RMS-normalise queries and keys over D before they are rotated, as Qwen3 does.
+        qk_norm, qk_norm_eps: RMS-normalise queries and keys over D before they are rotated, as Qwen3 does.
         window: (left, right) as in `attention`, or an int W: each token sees W keys, its own and the W − 1 before it (transformers'
             sliding_window).
-        softcap, dropout_p: as in `attention`; dropout in training only.
+        softmax_scale, softcap, dropout_p: as in `attention`; dropout in training only.
         sinks: a learnable logit a head, as in gpt-oss; 0 at first.
     """
 
@@ -45,7 +45,9 @@ class Attention(torch.nn.Module):
         *,
         bias: bool = False,
         qk_norm: bool = False,
+        qk_norm_eps: float = 1e-6,
         window: int | tuple[int | None, int | None] | None = None,
+        softmax_scale: float | None = None,
         softcap: float = 0.0,
         sinks: bool = False,
         dropout_p: float = 0.0,
@@ -63,14 +65,14 @@ class Attention(torch.nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.window = (window - 1, 0) if isinstance(window, int) else window or (None, None)
-        self.softcap, self.dropout_p = softcap, dropout_p
+        self.softmax_scale, self.softcap, self.dropout_p = softmax_scale, softcap, dropout_p
         made = {"device": device, "dtype": dtype}
         self.q_proj = torch.nn.Linear(hidden_size, num_heads * self.head_dim, bias, **made)
         self.k_proj = torch.nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias, **made)
         self.v_proj = torch.nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias, **made)
         self.o_proj = torch.nn.Linear(num_heads * self.head_dim, hidden_size, bias, **made)
-        self.q_norm = RMSNorm(self.head_dim, eps=1e-6, **made) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, eps=1e-6, **made) if qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, eps=qk_norm_eps, **made) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=qk_norm_eps, **made) if qk_norm else None
         self.sinks = torch.nn.Parameter(torch.zeros(num_heads, **made)) if sinks else None
 
     def forward(
@@ -79,10 +81,13 @@ class Attention(torch.nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         *,
-        context: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        context: Tensor | tuple[Tensor, Tensor] | None = None,
         causal: bool = True,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        cu_seqlens_context: Tensor | None = None,
+        max_seqlen_context: int | None = None,
         cache: PagedKVCache | None = None,
         layer_idx: int = 0,
     ) -> Tensor:
@@ -91,9 +96,12 @@ class Attention(torch.nn.Module):
         Args:
             x: (B, S, E), or packed (T, E) with cu_seqlens.
             cos, sin: as `apply_rotary` takes them, (S_max, R/2) or (B, S, R/2); None for no rotary embedding.
-            context: (B, S_k, E), attended to in x's place, all of it: causal, window and rotary embedding are for x alone.
+            alibi_slopes: (H,) or (B, H), as in `attention`; None for no bias by distance.
+            context: (B, S_k, E), or packed (T_k, E) with cu_seqlens_context, attended to in x's place, all of it: causal, window, rotary
+                embedding and ALiBi are for x alone. Or the pair that `project_context` made of it, where it is attended to many times.
             causal: a token sees itself and those before it.
             cu_seqlens, max_seqlen: (B + 1,) int32 and the longest length of packed sequences.
+            cu_seqlens_context, max_seqlen_context: the same of the context; it is packed if and only if x is.
             cache, layer_idx: attend to all that the cache holds of layer `layer_idx`, once it has x's keys and values too. x is the tokens
                 of the cache's current step: (B, S, E) where each sequence has S of them, or packed (T, E). (S_max, R/2) tables are read
                 at the step's positions. There is no gradient.
@@ -104,30 +112,49 @@ class Attention(torch.nn.Module):
         """
         if (cos is None) != (sin is None):
             checks.reject(_OP, "cos and sin", "be given together", f"only {'sin' if cos is None else 'cos'}")
-        for arg, value in (("cos", cos), ("cu_seqlens", cu_seqlens)):
-            if context is not None and value is not None:
-                checks.reject(_OP, arg, "be None with a context", "a tensor")
+        self._check_context(context, cos, alibi_slopes, cu_seqlens, cu_seqlens_context)
         if cache is not None:
             self._check_cached(context, cu_seqlens, causal)
         rank = 2 if cu_seqlens is not None else 3
         if x.dim() != rank and not (cache is not None and x.dim() == 2):
             checks.reject(_OP, "x", "have shape (T, E) with cu_seqlens, (B, S, E) without", tuple(x.shape))
-        keys = x if context is None else context
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k, v = (proj(keys).unflatten(-1, (self.num_kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+        k, v = context if isinstance(context, tuple) else self.project_context(x if context is None else context)
         if cache is not None:
-            return self.o_proj(self._attend_cached(q, k, v, cos, sin, cache, layer_idx).flatten(-2))
+            return self.o_proj(self._attend_cached(q, k, v, cos, sin, alibi_slopes, cache, layer_idx).flatten(-2))
         if cos is not None:
             q, k = apply_rotary(q, k, cos, sin, cu_seqlens=cu_seqlens)
-        alone = context is None
+        if context is None:
+            over_keys = {"causal": causal, "window": self.window, "cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen}
+        else:
+            over_keys = {"cu_seqlens_k": cu_seqlens_context, "max_seqlen_k": max_seqlen_context}
         out = attention(
-            q, k, v, causal=causal and alone, window=self.window if alone else (None, None), softcap=self.softcap, sinks=self.sinks,
-            dropout_p=self.dropout_p if self.training else 0.0, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+            q, k, v, softmax_scale=self.softmax_scale, softcap=self.softcap, alibi_slopes=alibi_slopes, sinks=self.sinks,
+            dropout_p=self.dropout_p if self.training else 0.0, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, **over_keys,
         )  # fmt: skip
         return self.o_proj(out.flatten(-2))
+
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a context (…, E), each (…, H_kv, D), which `forward` takes in its place."""
+        k, v = (proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        return (k if self.k_norm is None else self.k_norm(k)), v
+
+    @staticmethod
+    def _check_context(
+        context: Any, cos: Tensor | None, alibi_slopes: Tensor | None, cu_seqlens: Tensor | None, cu_seqlens_context: Tensor | None
+    ) -> None:
+        if context is None:
+            if cu_seqlens_context is not None:
+                checks.reject(_OP, "cu_seqlens_context", "be None without a context", "a tensor")
+            return
+        for arg, value in (("cos", cos), ("alibi_slopes", alibi_slopes)):
+            if value is not None:
+                checks.reject(_OP, arg, "be None with a context", "a tensor")
+        if (cu_seqlens is None) != (cu_seqlens_context is None):
+            given = "cu_seqlens" if cu_seqlens_context is None else "cu_seqlens_context"
+            checks.reject(_OP, "cu_seqlens and cu_seqlens_context", "be given together with a context", f"only {given}")
 
     def _check_cached(self, context: Tensor | None, cu_seqlens: Tensor | None, causal: bool) -> None:
         for arg, value in (("context", context), ("cu_seqlens", cu_seqlens)):
@@ -139,8 +166,9 @@ class Attention(torch.nn.Module):
             checks.reject(_OP, "dropout_p", "be 0 with a cache, or the module in evaluation", self.dropout_p)
 
     def _attend_cached(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, cache: PagedKVCache, layer_idx: int
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, alibi_slopes: Tensor | None, cache: PagedKVCache,
+        layer_idx: int,
+    ) -> Tensor:  # fmt: skip
         of_positions = {}
         if cos is not None and cos.dim() == 2:  # k is rotated on its way into the cache
             if cache.current is not None and cache.current.slots.numel() == q.shape[:-2].numel():  # if not, append says so
@@ -149,7 +177,10 @@ class Attention(torch.nn.Module):
         elif cos is not None:
             q, k = apply_rotary(q, k, cos, sin)
         cache.append(layer_idx, k, v, **of_positions)
-        return cache.attend(layer_idx, q, window=self.window, softcap=self.softcap, sinks=self.sinks)
+        return cache.attend(
+            layer_idx, q, window=self.window, softmax_scale=self.softmax_scale, softcap=self.softcap, alibi_slopes=alibi_slopes,
+            sinks=self.sinks,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}"
