@@ -1,4 +1,4 @@
-"""The `fastattn` command: bench, info, verify, warmup, explain, cards, dump. argparse and plain prints: it runs where torch alone is installed."""
+"""The `fastattn` command and its subcommands. argparse and plain prints: it runs where torch alone is installed."""
 
 from __future__ import annotations
 

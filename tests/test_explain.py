@@ -88,7 +88,7 @@ def test_experts_are_those_that_the_router_chose():
     layer, inputs = model.layers[1], []
     layer.moe.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     chosen = inspection.trace(model, tokens).experts[1]
-    logits = layer.moe.router(inputs[0].view(7, -1))
+    logits = layer.moe.gate(inputs[0].view(7, -1))
     assert chosen.sort().values.equal(logits.topk(2).indices.sort().values.to(chosen.dtype))
 
 

@@ -182,7 +182,8 @@ def logit_lens(model: Transformer, stream: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest(model: Transformer, vectors: Tensor, k: int, besides: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k tokens (M, k) whose embeddings point most nearly the way of vectors (M, H), and the cosines. besides: (M, …) ids to leave out."""
+    """The k tokens (M, k) whose embeddings point most nearly the way of vectors (M, H), and the cosines. besides: (M, …) ids to leave
+    out."""
     table = F.normalize(model.embedding.weight.float(), dim=-1)
     cosines = F.normalize(vectors.float(), dim=-1) @ table.T  # (M, V)
     if besides is not None:
@@ -219,7 +220,7 @@ def _part_of(name: str) -> str:
     if "norm" in name:
         return "norms"
     for words, part in (("position_embedding", "positions"), ("unembedding", "unembedding"), ("embedding", "embedding"),
-                        ("attention", "attention"), ("router", "router"), ("moe", "experts")):  # fmt: skip
+                        ("attention", "attention"), ("moe.gate", "router"), ("moe", "experts")):  # fmt: skip
         if words in name:
             return part
     return "feed-forward"
