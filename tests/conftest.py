@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import pytest
 import torch
@@ -117,3 +118,16 @@ def cuda(cuda_library, monkeypatch: pytest.MonkeyPatch):
     missing = [name for name in CUDA_OPERATORS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", "CPU")]
     assert not missing
     monkeypatch.setattr(cuda_operators, "_found", CUDA_OPERATORS)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, through Playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
