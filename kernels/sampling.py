@@ -408,7 +408,8 @@ def of_row(value, row):
 @triton.jit(do_not_specialize=SCALARS)
 def _sampling_kernel(
     x_ptr, seed_ptr, ids_ptr, y_ptr, temperature, top_k, top_p, min_p, num_rows, inner, num_cols, stride_xo, stride_xi,
-    stride_seed, ACCESS: tl.constexpr, HAS_CUT: tl.constexpr, DRAWS: tl.constexpr, ALIKE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    stride_seed,
+    ACCESS: tl.constexpr, HAS_CUT: tl.constexpr, DRAWS: tl.constexpr, ALIKE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """One row: y = a token drawn from p, or with DRAWS off p itself.

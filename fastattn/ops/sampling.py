@@ -169,8 +169,8 @@ def sample(
             others floating point) with one a row. temperature is finite and at least 0, and 0 is argmax; a top_k of 0 or less, or of V
             or more, keeps all, and so do a top_p of 1, a min_p of 0 and None; top_p and min_p lie in [0, 1].
         generator: torch's, on the logits' device; None is the device's own, which `torch.manual_seed` seeds.
-        seeds: (B,) int64 on the logits' device, 0 or more, in a generator's place: a row's id follows from its logits and its seed alone, and
-            not from the rows beside it.
+        seeds: (B,) int64 on the logits' device, 0 or more, in a generator's place: a row's id follows from its logits and its seed
+            alone, and not from the rows beside it.
         backend: which of two kernels runs on CUDA tensors. None: CUDA C++ for up to 16 rows, as its launch takes less of the host, where it
             is built, else Triton. What is named runs or raises.
 
