@@ -23,7 +23,7 @@ class Request:
     """A prompt and its answer so far.
 
     index: the prompt's. tokens: its ids and the answer's. prompt_length: where the answer starts. draft: ids guessed to follow, computed
-    together with the last of `tokens`. id: its sequence's in the cache, −1 while it waits.
+    together with the last of `tokens`. id: its sequence's in the cache, −1 before and after that.
     """
 
     index: int
@@ -105,13 +105,17 @@ class Scheduler:
         """End a running request, after the forward pass of the step; what it computed stays for those that begin alike."""
         self.running.remove(request)
         self.cache.commit()
-        self.cache.free(request.id)
+        self._leave(request)
         self._full = False
 
     def close(self) -> None:
         """Take all running requests off the cache."""
         while self.running:
-            self.cache.free(self.running.pop().id)
+            self._leave(self.running.pop())
+
+    def _leave(self, request: Request) -> None:
+        self.cache.free(request.id)
+        request.id = -1
 
     def _admit(self) -> None:
         while not self._full and len(self.running) < self.max_requests:
@@ -134,8 +138,7 @@ class Scheduler:
 
     def _give_way(self) -> None:
         request = self.running.pop()
-        self.cache.free(request.id)
-        request.id = -1
+        self._leave(request)
         self.waiting.appendleft(request)
         self._full = True
 
