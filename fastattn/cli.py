@@ -1,4 +1,4 @@
-"""The `fastattn` command: bench, info, verify, warmup, cards, dump. argparse and plain prints: it runs where torch alone is installed."""
+"""The `fastattn` command: bench, info, verify, warmup, generate, cards, dump. argparse and plain prints, which torch alone suffices for."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from fastattn import __version__
     from fastattn.benchmarks import suite
+    from fastattn.models import generate_command
 
     parser = _Parser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
     parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--experts", type=int, nargs=4, metavar=("H", "I", "E", "K"), action="append", default=[],
         help="a mixture of experts: hidden size, intermediate size, experts, experts a token; may be repeated",
     )  # fmt: skip
+    generate_command.add_arguments(add("generate", generate_command.run, "continue prompts with a model, streaming"))
     add("cards", None, "compile every row of the tile table and record what came out (--check: compare)")
     add("dump", None, "write the compiler's stages of an op's kernels, for any part")
     return parser

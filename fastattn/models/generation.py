@@ -13,13 +13,13 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.sampling import sample
+from fastattn.ops.sampling import sample, sampling_probs
 from fastattn.scheduler import Batch, Scheduler, upload
 
 from .decode_graph import DecodeGraphs
@@ -56,7 +56,7 @@ class Options:
         draft: a smaller model of the same vocabulary that guesses draft_tokens tokens, which the model accepts or not, in one step. The
             answers' distribution stays the model's, and so do greedy answers.
 
-    Raises: ValueError by the option's name.
+    Raises: ValueError, TypeError by the option's name.
     """
 
     max_new_tokens: int = 64
@@ -81,13 +81,13 @@ class Options:
         for name in ("max_new_tokens", "page_size", "num_pages", "max_batch", "chunk", "draft_tokens"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"generate: {name} must be at least 1, got {count}")
-        for name, low in (("min_new_tokens", 0), ("temperature", 0.0)):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"generate: {name} must be at least {low:g}, got {getattr(self, name)}")
+        if self.min_new_tokens < 0:
+            raise ValueError(f"generate: min_new_tokens must be at least 0, got {self.min_new_tokens}")
         if not self.repetition_penalty > 0.0:
             raise ValueError(f"generate: repetition_penalty must be positive, got {self.repetition_penalty}")
         if self.stop and not all(self.stop_strings):
             raise ValueError(f"generate: stop must hold no empty string, got {self.stop!r}")
+        sampling_probs(torch.zeros(1, 1), **self.sampling)  # which says what is wrong with these
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -97,6 +97,10 @@ class Options:
     def sampling(self) -> dict[str, Any]:
         """`fastattn.sample`'s."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+
+
+class NoDistribution(RuntimeError):
+    """There are NaN or +inf among a model's logits, or nothing but −inf."""
 
 
 class Event(NamedTuple):
@@ -126,8 +130,9 @@ class Statistics:
     """What a generation did. Seconds are of steps, the wait for their ids included; a step that computes prompts and answers at once
     counts for each by its share of the step's tokens.
 
-    prefill_tokens: computed, of prompts and again of those that gave way; cached_tokens: found in the cache instead. new_tokens: drawn; decode_tokens
-    are those but for each answer's first, which is its prompt's. peak_pages: most pages in use at once, of num_pages. preemptions: requests that gave way. drafted, accepted: guesses.
+    prefill_tokens: computed, of prompts and again of those that gave way; cached_tokens: found in the cache instead. new_tokens: drawn;
+    decode_tokens: those but for each answer's first, which is its prompt's. peak_pages: most pages in use at once, of num_pages.
+    preemptions: requests that gave way. drafted, accepted: guesses.
     """
 
     num_pages: int
@@ -284,7 +289,7 @@ class Generation(Iterator[Event]):
             drawn = [[token] for token in sample(logits, seeds=seeds, **self.options.sampling).tolist()]
         for request, tokens in zip(batch.ready, drawn):
             if tokens[-1] < 0:
-                raise RuntimeError(f"generate: the model's logits for prompt {request.index} hold NaN or +inf, or nothing but −inf")
+                raise NoDistribution(f"generate: the model's logits for prompt {request.index} hold NaN or +inf, or nothing but −inf")
         return drawn
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -338,7 +343,7 @@ def stream(
     Returns: a `Generation`: iterate over it for `Event`s; its `statistics` are up to date after each.
 
     Raises: ValueError, TypeError for what was asked, by name and prompt, before anything is computed; while it runs, OutOfPages where one
-        request does not fit num_pages alone, and RuntimeError for logits that have no distribution.
+        request does not fit num_pages alone, and NoDistribution for logits of NaN.
 
     Example:
         >>> for event in stream(model, ["Once upon"], tokenizer, temperature=0.8, seed=1):

@@ -1,7 +1,7 @@
 """Speculative decoding: a small model guesses several tokens, the large one judges them all in one step.
 
-Guesses d_1 … d_k are drawn from the small model's distributions q_1 … q_k. The large one's are p_1 … p_k, and p_{k+1} after the last. d_j is
-accepted with probability min(1, p_j(d_j) / q_j(d_j)). At the first that is not, a token is drawn from max(0, p_j − q_j), normalised;
+Guesses d_1 … d_k are drawn from the small model's distributions q_1 … q_k. The large one's are p_1 … p_k, and p_{k+1} after the last.
+d_j is accepted with probability min(1, p_j(d_j) / q_j(d_j)). At the first that is not, a token is drawn from max(0, p_j − q_j), normalised;
 where all are, one from p_{k+1}. What comes out has the large model's distribution exactly (Leviathan et al., arXiv 2211.17192). At
 temperature 0 all distributions are of one token, and a guess is accepted if and only if it is the large model's own choice.
 """
