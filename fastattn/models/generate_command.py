@@ -21,7 +21,7 @@ from .transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INTERRUPTED = 130  # the status of what Ctrl-C ended: 128 + SIGINT
-_FAILURES = (ValueError, ImportError, OSError, OutOfPages, NoDistribution, torch.OutOfMemoryError)
+_FAILURES = (ValueError, ImportError, OSError, OutOfPages, NoDistribution)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,15 +61,23 @@ def run(arguments: argparse.Namespace) -> int:
         return _fail(error, 2)
     try:
         return _generate(arguments)
-    except _FAILURES as error:
-        return _fail(error, 1)
     except KeyboardInterrupt:  # before the first token: there is nothing to say of it
         return INTERRUPTED
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail("out of memory; a smaller --max-batch or fewer --num-pages take less", 1)
+        if not isinstance(error, _FAILURES):
+            raise
+        return _fail(error, 1)
 
 
-def _fail(error: Exception, status: int) -> int:
-    message = str(error).removeprefix("generate: ")
-    print(f"fastattn generate: {message}", file=sys.stderr)
+def _is_out_of_memory(error: Exception) -> bool:
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # for which torch has no class
+    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"fastattn generate: {str(message).removeprefix('generate: ')}", file=sys.stderr)
     return status
 
 
