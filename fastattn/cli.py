@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from fastattn import __version__
     from fastattn.benchmarks import suite
-    from fastattn.models import explain
+    from fastattn.models import explain, generate_command
 
     parser = _Parser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
     parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a mixture of experts: hidden size, intermediate size, experts, experts a token; may be repeated",
     )  # fmt: skip
     explain.add_arguments(add("explain", explain.run, "one text's way through a model, as a page to look at"))
+    generate_command.add_arguments(add("generate", generate_command.run, "continue prompts with a model, streaming"))
     add("cards", None, "compile every row of the tile table and record what came out (--check: compare)")
     add("dump", None, "write the compiler's stages of an op's kernels, for any part")
     return parser

@@ -43,7 +43,7 @@ LOWEST = tl.constexpr(-2139095040)  # the key of the lowest finite float
 UNIT = tl.constexpr(1099511627776.0)  # 2^40: what w = 1 weighs in a draw
 STEPS = tl.constexpr(32)  # blocks of a group's columns looked at together
 
-SCALARS = ["top_k", "num_rows", "inner", "num_cols", "stride_xo", "stride_xi"]
+SCALARS = ["top_k", "num_rows", "inner", "num_cols", "stride_xo", "stride_xi", "stride_seed"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -348,9 +348,10 @@ def drawn(share, number):
 
 
 @triton.jit
-def random_words(seed_ptr, row):
-    """Two uniform 64-bit words of a row: Philox-4x32-10 (Salmon et al., SC 2011) at counter (row, 0, 0, 0)."""
-    a, b, c, d = tl.philox(tl.load(seed_ptr), row, 0, 0, 0)
+def random_words(seed_ptr, row, stride_seed):
+    """Two uniform 64-bit words of a row: Philox-4x32-10 (Salmon et al., SC 2011) at counter (row, 0, 0, 0) of the one seed, or at
+    counter 0 of the row's own (stride_seed 1), which is what a lone row with that seed has."""
+    a, b, c, d = tl.philox(tl.load(seed_ptr + row * stride_seed), row * (1 - stride_seed), 0, 0, 0)
     return (a.to(tl.uint64) << 32) | b.to(tl.uint64), (c.to(tl.uint64) << 32) | d.to(tl.uint64)
 
 
@@ -407,6 +408,7 @@ def of_row(value, row):
 @triton.jit(do_not_specialize=SCALARS)
 def _sampling_kernel(
     x_ptr, seed_ptr, ids_ptr, y_ptr, temperature, top_k, top_p, min_p, num_rows, inner, num_cols, stride_xo, stride_xi,
+    stride_seed,
     ACCESS: tl.constexpr, HAS_CUT: tl.constexpr, DRAWS: tl.constexpr, ALIKE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
@@ -438,7 +440,7 @@ def _sampling_kernel(
     if (held == 0) & ((threshold > float("-inf")) | (min_p > 0.0)):
         group_sum = kept_sums(row, row_max, scale, cut, HAS_CUT, BLOCK)
     if DRAWS:
-        word, second_word = random_words(seed_ptr, index)
+        word, second_word = random_words(seed_ptr, index, stride_seed)
         token = -1
         if valid & (held == 0):
             token = draw_from_row(row, group_sum, word, second_word, row_max, scale, cut, HAS_CUT, BLOCK)
@@ -486,7 +488,7 @@ def sample(
     candidates: int = CANDIDATES,
 ) -> torch.Tensor:
     """Launch the kernel over logits (B, V), V from 1 to 2^22, with the parameters as numbers or (B,) tensors; a top_k of 0 or less,
-    a top_p of 1 and a min_p of 0 keep all. seed is (1,) int64. Returns ids, (B,) int64."""
+    a top_p of 1 and a min_p of 0 keep all. seed is (1,) int64, or (B,), one a row. Returns ids, (B,) int64."""
     ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     _launch("sample", logits, ids, seed, temperature, top_k, top_p, min_p, config, candidates)
     return ids
@@ -525,7 +527,8 @@ def _launch(name, logits, y, seed, temperature, top_k, top_p, min_p, config, can
     scratch = torch.empty(rows.num_rows, candidates, dtype=torch.int32, device=logits.device) if has_cut else None
     launch(
         _sampling_kernel, rows.grid(name, config.ROWS), rows.device, **rows.args(), seed_ptr=seed, ids_ptr=scratch, y_ptr=y,
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, HAS_CUT=has_cut, DRAWS=draws,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        stride_seed=int(draws and seed.numel() > 1), HAS_CUT=has_cut, DRAWS=draws,
         ALIKE=not draws and rows.access != "scalar" and Rows(x=rows.tensors["x"], y=y).access == rows.access,
         CANDIDATES=candidates, **config.meta(),
     )  # fmt: skip

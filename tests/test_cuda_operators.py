@@ -188,6 +188,8 @@ def test_sampling_draws_what_triton_draws(top_k, cuda):
             torch.manual_seed(seed)
             ids.append(fastattn.sample(logits, temperature=0.9, top_k=top_k, top_p=0.95, backend=backend))
         assert torch.equal(*ids)
+    seeds = torch.arange(6)
+    assert torch.equal(*(fastattn.sample(logits, seeds=seeds, top_k=top_k, backend=backend) for backend in ("cuda", "triton")))
 
 
 # --------------------------------------------------------------------------------------------------------------------

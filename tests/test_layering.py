@@ -27,9 +27,13 @@ ALLOWED = {
     "fastattn.nn": {"torch", "fastattn.ops", "fastattn.reference", "fastattn.kv_cache"},
     "fastattn.page_pool": {"fastattn._page_pool"},
     "fastattn.kv_cache": {"torch", "fastattn.ops", "fastattn.page_pool"},
-    "fastattn.models": {"torch", "safetensors", "tokenizers", "gguf", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache"},
-    "fastattn.integrations": {"torch", "transformers", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool"},
-}
+    "fastattn.scheduler": {"torch", "fastattn.kv_cache", "fastattn.page_pool"},
+    "fastattn.models": {
+        "torch", "safetensors", "tokenizers", "gguf", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool",
+        "fastattn.scheduler",
+    },
+    "fastattn.integrations": {"torch", "transformers", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.scheduler"},
+}  # fmt: skip
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:

@@ -446,6 +446,39 @@ def test_seeds():
 
 
 @pytest.mark.both
+@pytest.mark.parametrize("options", [{}, dict(top_k=10, temperature=0.8)], ids=["whole", "cut"])
+def test_a_row_with_a_seed_of_its_own_draws_what_it_would_alone(options):
+    logits, seeds = torch.randn(6, 200), torch.tensor([3, 2**62 - 1, 0, 3, 5, 6])
+    logits[3] = logits[0]
+    ids = fastattn.sample(logits, seeds=seeds, **options)
+    assert ids[3] == ids[0] and len(set(ids.tolist())) > 2
+    order = [4, 0, 3]
+    assert torch.equal(fastattn.sample(logits[order], seeds=seeds[order], **options), ids[order])
+    for row in range(6):
+        assert torch.equal(fastattn.sample(logits[row : row + 1], seeds=seeds[row : row + 1], **options), ids[row : row + 1])
+
+
+def test_seeds_of_rows_draw_from_the_distribution():
+    logits, seeds = torch.randn(1, 50), torch.arange(5000)  # neighbouring numbers are unrelated seeds
+    ids = fastattn.sample(logits.expand(5000, 50), seeds=seeds, top_k=9)
+    check_frequencies(ids, fastattn.sampling_probs(logits, top_k=9)[0])
+
+
+def test_errors_of_seeds():
+    logits, seeds = torch.randn(3, 20), torch.arange(3)
+    for wrong, error, message in (
+        ([1, 2, 3], TypeError, "sample: seeds must be a torch.Tensor, got list"),
+        (seeds.int(), TypeError, "sample: seeds must be int64, got torch.int32"),
+        (seeds[:2], ValueError, r"sample: seeds must have shape \(B,\) = \(3,\), got \(2,\)"),
+        (seeds.to("meta"), ValueError, "sample: seeds must be on logits' device cpu, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            fastattn.sample(logits, seeds=wrong)
+    with pytest.raises(ValueError, match="sample: seeds must be None with a generator, got a tensor"):
+        fastattn.sample(logits, seeds=seeds, generator=torch.Generator())
+
+
+@pytest.mark.both
 def test_greedy_draws_need_no_luck():
     logits = torch.randn(3, 100)
     for options in (dict(temperature=0.0), dict(top_k=1), dict(top_p=0.0), dict(temperature=0.0, top_k=5, top_p=0.3, min_p=0.2)):
@@ -572,6 +605,7 @@ def test_hostile_values_that_nobody_checks(monkeypatch):
 def test_operators():
     logits, seed, rows = torch.randn(3, 20).to(BF16), torch.tensor([7]), torch.tensor([0.5, 0.9, 1.0])
     check_operator(torch.ops.fastattn.sample, logits, seed, rows, torch.tensor([1, 0, 3]), None, rows, 1.0, 0, 0.9, 0.0)
+    check_operator(torch.ops.fastattn.sample, logits, torch.tensor([7, 8, 9]), *[None] * 4, 1.0, 5, 1.0, 0.0)
     check_operator(torch.ops.fastattn.sampling_probs, logits.t().contiguous().t(), *[None] * 4, 0.8, 5, 1.0, 0.0)
 
 

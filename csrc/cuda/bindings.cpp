@@ -304,12 +304,13 @@ Tensor sample_cuda(
   const Device device(logits);
   const Tensor ids = device.empty({logits.size(0)}, ScalarType::Long);
   SampleParams p = {};
-  p.logits = logits.data_ptr(), p.seed = static_cast<const int64_t*>(seed.data_ptr()), p.ids = static_cast<int64_t*>(ids.data_ptr());
+  p.logits = logits.data_ptr(), p.seeds = static_cast<const int64_t*>(seed.data_ptr()), p.ids = static_cast<int64_t*>(ids.data_ptr());
   p.temperatures = values_of<float>(temperatures), p.top_ks = values_of<void>(top_ks);
   p.top_ps = values_of<float>(top_ps), p.min_ps = values_of<float>(min_ps);
   p.num_rows = logits.size(0), p.num_cols = logits.size(1), p.stride_x = logits.stride(0);
   p.temperature = float(temperature), p.top_k = int32_of(top_k, kOp), p.top_p = float(top_p), p.min_p = float(min_p);
   p.dtype = dtype_of(logits, kOp), p.has_int64_top_ks = top_ks && top_ks->scalar_type() == ScalarType::Long;
+  p.has_seed_per_row = seed.numel() > 1;
   check(sample(p, device.stream()), kOp);
   return ids;
 }

@@ -575,7 +575,10 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
     sum = group_sum<T>(own_sum);
   }
 
-  const uint4 words = philox(static_cast<uint64_t>(*p.seed), uint4{static_cast<unsigned>(index), 0, 0, 0});
+  // A row with a seed of its own draws what it would draw alone.
+  const int64_t seed = p.seeds[p.has_seed_per_row ? index : 0];
+  const unsigned counter = p.has_seed_per_row ? 0 : static_cast<unsigned>(index);
+  const uint4 words = philox(static_cast<uint64_t>(seed), uint4{counter, 0, 0, 0});
   const uint64_t word = uint64_t{words.x} << 32 | words.y, second_word = uint64_t{words.z} << 32 | words.w;
   if (held > 0)
     draw_from_candidates(block, weights, held, word, p.ids + index);

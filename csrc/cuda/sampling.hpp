@@ -11,7 +11,7 @@ inline constexpr int64_t kMaxSampledColumns = int64_t{1} << 22;  // whose weight
 // Each parameter is a number, or has one a row where its pointer is not null.
 struct SampleParams {
   const void* logits;   // (num_rows, num_cols), dtype, rows of consecutive entries
-  const int64_t* seed;  // (1), on the device
+  const int64_t* seeds;  // (1), or one a row, on the device
   int64_t* ids;         // (num_rows): −1 in a row that has no distribution
   const float* temperatures;
   const void* top_ks;  // int32 or int64
@@ -24,6 +24,7 @@ struct SampleParams {
   float min_p;        // 0: all
   Dtype dtype;
   int32_t has_int64_top_ks;
+  int32_t has_seed_per_row;
 };
 
 // Asynchronous on the stream. cudaErrorInvalidValue: no columns or more than above, more than 2^31 − 1 rows, or an unknown dtype. Parameters

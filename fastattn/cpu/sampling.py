@@ -25,9 +25,11 @@ def sample(
     top_p: float | Tensor,
     min_p: float | Tensor,
 ) -> Tensor:
-    """Ids, (B,) int64, of logits (B, V); row r's uniform number is the r-th of a generator with this seed."""
-    generator = torch.Generator().manual_seed(int(seed))
-    uniform = torch.rand(logits.shape[0], 1, dtype=torch.float64, generator=generator)
+    """Ids, (B,) int64, of logits (B, V); row r's uniform number is the r-th of a generator with the seed (1,), or with seeds (B,) the first
+    of one with its own."""
+    uniform = torch.empty(logits.shape[0], 1, dtype=torch.float64)
+    for number, part in zip(seed.tolist(), uniform.split(1) if seed.numel() > 1 else [uniform]):
+        part.uniform_(generator=torch.Generator().manual_seed(number))
     if cpu_operators.available("sample_cpp"):
         return torch.ops.fastattn.sample_cpp(in_rows(logits), uniform, *_compiled(temperature, top_k, top_p, min_p))
     ids = torch.empty(logits.shape[0], dtype=torch.int64)

@@ -11,10 +11,8 @@ which transformers' models hand down to their attention function.
 from __future__ import annotations
 
 import operator
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from fastattn.kv_cache import PagedKVCache
 from fastattn.ops.sampling import sample
-from fastattn.page_pool import OutOfPages
+from fastattn.scheduler import Batch, Request, Scheduler, upload
 
 NAME = "fastattn_paged"
 
@@ -75,20 +73,6 @@ def cache_for(model: nn.Module, num_pages: int, page_size: int = 16, *, dtype: t
     )  # fmt: skip
 
 
-@dataclass
-class _Sequence:
-    """One prompt and its answer so far; `id` is the cache's, while the sequence is in it."""
-
-    index: int
-    tokens: list[int]
-    prompt_length: int
-    id: int = -1
-
-    @property
-    def answer(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
-
-
 def stream(
     model: nn.Module,
     prompts: Iterable[Sequence[int]],
@@ -126,62 +110,32 @@ def stream(
     if stop is None:
         stop = (getattr(model, "generation_config", None) or model.config).eos_token_id
     stop = set() if stop is None else set(stop) if isinstance(stop, Iterable) else {operator.index(stop)}
-    waiting: deque[_Sequence] = deque()
-    more = iter(enumerate(prompts))
-    running: list[_Sequence] = []
-    room = max_sequences
-    try:
-        while True:
-            while len(running) < room:
-                if not waiting:
-                    if (found := next(more, None)) is None:
-                        break
-                    if len(found[1]) == 0:
-                        raise ValueError(f"stream: prompts must hold at least one token each, prompt {found[0]} has none")
-                    waiting.append(_Sequence(found[0], [int(token) for token in found[1]], len(found[1])))
-                sequence = waiting.popleft()
-                sequence.id = cache.allocate(sequence.tokens)
-                running.append(sequence)
-            if not running:
-                return
-            logits = _forward(model, cache, running, waiting, chunk)
-            room = len(running) if waiting else room  # some gave way: nobody joins before one ends
+    with closing(Scheduler(cache, _requests(prompts), max_requests=max_sequences, chunk=chunk)) as scheduler:
+        while (batch := scheduler.step()) is not None:
+            logits = _forward(model, cache, batch)
             tokens = sample(logits, temperature=temperature, **sampling).tolist()
-            for sequence, token in zip(list(running), tokens, strict=True):
-                if cache.length(sequence.id) < len(sequence.tokens):
-                    continue  # the prompt has further chunks
-                sequence.tokens.append(token)
-                if token in stop or len(sequence.answer) == max_new_tokens:
-                    running.remove(sequence)
-                    room = max_sequences
-                    cache.commit()
-                    cache.free(sequence.id)
-                    yield sequence.index, sequence.answer
-    finally:
-        for sequence in running:
-            cache.free(sequence.id)
+            for request, token in zip(batch.ready, tokens, strict=True):
+                request.tokens.append(token)
+                if token in stop or len(request.answer) == max_new_tokens:
+                    scheduler.finish(request)
+                    yield request.index, request.answer
+
+
+def _requests(prompts: Iterable[Sequence[int]]) -> Iterator[Request]:
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"stream: prompts must hold at least one token each, prompt {index} has none")
+        yield Request(index=index, tokens=[int(token) for token in prompt], prompt_length=len(prompt))
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, cache: PagedKVCache, running: list[_Sequence], waiting: deque[_Sequence], chunk: int) -> Tensor:
-    """Logits (B, V) after the last of the new tokens of each running sequence. Takes those that find no pages off, to wait."""
-    while True:
-        new = [sequence.tokens[cache.length(sequence.id) :][:chunk] for sequence in running]
-        try:
-            step = cache.step([sequence.id for sequence in running], [len(t) for t in new], [t for tokens in new for t in tokens])
-            break
-        except OutOfPages:
-            if len(running) == 1:
-                raise
-            sequence = running.pop()
-            cache.free(sequence.id)
-            waiting.appendleft(sequence)
-    row = torch.tensor([[t for tokens in new for t in tokens]], device=model.device)
+def _forward(model: nn.Module, cache: PagedKVCache, batch: Batch) -> Tensor:
+    """Logits after the last token of each request that is ready for another."""
+    row, last = (upload(numbers, torch.int64, model.device) for numbers in ([batch.tokens], [end - 1 for end in batch.ends]))
     with _paged(model):
         return model(
-            input_ids=row, position_ids=step.positions[None].long(), use_cache=False,
-            logits_to_keep=step.cu_seqlens_q[1:].long() - 1, kv_cache=cache,
-        ).logits[0]  # fmt: skip
+            input_ids=row, position_ids=batch.step.positions[None].long(), use_cache=False, logits_to_keep=last, kv_cache=cache
+        ).logits[0]
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from .checkpoints import load, save
 from .config import PRESETS, Config
 from .encoder import Encoder, EncoderDecoder
 from .files import CheckpointError
+from .generation import Generation, generate, stream
 from .tokenizers import ByteTokenizer, FileTokenizer, StreamDecoder, Tokenizer, train_bpe
 from .transformer import MLP, Block, Transformer
 
 __all__ = [
-    "MLP", "PRESETS", "Block", "ByteTokenizer", "CheckpointError", "Config", "Encoder", "EncoderDecoder", "FileTokenizer", "StreamDecoder",
-    "Tokenizer", "Transformer", "load", "save", "tokenizers", "train_bpe",
+    "MLP", "PRESETS", "Block", "ByteTokenizer", "CheckpointError", "Config", "Encoder", "EncoderDecoder", "FileTokenizer", "Generation",
+    "StreamDecoder", "Tokenizer", "Transformer", "generate", "load", "save", "stream", "tokenizers", "train_bpe",
 ]  # fmt: skip

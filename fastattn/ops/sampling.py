@@ -109,6 +109,25 @@ def _check_of_rows(op: str, arg: str, value: Tensor, logits: Tensor) -> None:
         checks.reject(op, arg, "be int32 or int64", value.dtype, TypeError)
 
 
+def _seed(logits: Tensor, generator: torch.Generator | None, seeds: Tensor | None) -> Tensor:
+    """(1,) drawn by the generator, or (B,) those given; int64 on the logits' device."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        checks.reject("sample", "generator", "be a torch.Generator", type(generator).__name__, TypeError)
+    if generator is not None and generator.device.type != logits.device.type:
+        checks.reject("sample", "generator", f"be on logits' device {logits.device}", generator.device)
+    if seeds is None:
+        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=logits.device, generator=generator)
+    checks.check_tensor("sample", "seeds", seeds)
+    if generator is not None:
+        checks.reject("sample", "seeds", "be None with a generator", "a tensor")
+    if seeds.dtype != torch.int64:
+        checks.reject("sample", "seeds", "be int64", seeds.dtype, TypeError)
+    if seeds.shape != logits.shape[:1]:
+        checks.reject("sample", "seeds", f"have shape (B,) = ({logits.shape[0]},)", checks.shape(seeds))
+    checks.check_device("sample", "seeds", seeds, "logits'", logits.device)
+    return seeds.contiguous()
+
+
 def _temperature(op: str, value: float) -> float:
     checks.check_number(op, "temperature", value)
     if not 0.0 <= value < math.inf:
@@ -136,6 +155,7 @@ def sample(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
     generator: torch.Generator | None = None,
+    seeds: Tensor | None = None,
     backend: Literal["triton", "cuda"] | None = None,
 ) -> Tensor:
     """Draw a token from each row of logits.
@@ -149,6 +169,8 @@ def sample(
             others floating point) with one a row. temperature is finite and at least 0, and 0 is argmax; a top_k of 0 or less, or of V
             or more, keeps all, and so do a top_p of 1, a min_p of 0 and None; top_p and min_p lie in [0, 1].
         generator: torch's, on the logits' device; None is the device's own, which `torch.manual_seed` seeds.
+        seeds: (B,) int64 on the logits' device, 0 or more, in a generator's place: a row's id follows from its logits and its seed
+            alone, and not from the rows beside it.
         backend: which of two kernels runs on CUDA tensors. None: CUDA C++ for up to 16 rows, as its launch takes less of the host, where it
             is built, else Triton. What is named runs or raises.
 
@@ -176,13 +198,8 @@ def sample(
         >>> fastattn.sample(torch.randn(4, 32000), temperature=0.8, top_k=50, top_p=torch.tensor([0.9, 0.95, 1.0, 0.5]))
     """
     parameters = _checked("sample", logits, temperature, top_k, top_p, min_p)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        checks.reject("sample", "generator", "be a torch.Generator", type(generator).__name__, TypeError)
-    if generator is not None and generator.device.type != logits.device.type:
-        checks.reject("sample", "generator", f"be on logits' device {logits.device}", generator.device)
     checks.check_backend("sample", backend, logits, runs_kernels(logits))
-    seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=logits.device, generator=generator)
-    return operators.sample(logits.detach(), seed, *parameters, backend)
+    return operators.sample(logits.detach(), _seed(logits, generator, seeds), *parameters, backend)
 
 
 def sampling_probs(

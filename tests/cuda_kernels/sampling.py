@@ -37,7 +37,7 @@ NEAR = 4e-6  # a share of the distribution that fp32 may put on either side of a
 
 class SampleParams(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("logits", "seed", "ids", "temperatures", "top_ks", "top_ps", "min_ps")),
+        *((name, c_void_p) for name in ("logits", "seeds", "ids", "temperatures", "top_ks", "top_ps", "min_ps")),
         *((name, c_int64) for name in ("num_rows", "num_cols", "stride_x")),
         ("temperature", c_float),
         ("top_k", c_int32),
@@ -45,13 +45,16 @@ class SampleParams(ctypes.Structure):
         ("min_p", c_float),
         ("dtype", c_int32),
         ("has_int64_top_ks", c_int32),
+        ("has_seed_per_row", c_int32),
     ]
 
 
-def uniform_numbers(num_rows: int) -> list[tuple[float, float]]:
+def uniform_numbers(num_rows: int, seeds: Tensor | None) -> list[tuple[float, float]]:
     """Each row's two, in [0, 1)."""
     zero = torch.zeros(num_rows, dtype=I64)
-    a, b, c, d = philox_4x32((SEED & 0xFFFFFFFF, SEED >> 32), (torch.arange(num_rows), zero, zero, zero))
+    counter = torch.arange(num_rows) if seeds is None else zero
+    seeds = torch.tensor([SEED]) if seeds is None else seeds
+    a, b, c, d = philox_4x32((seeds & 0xFFFFFFFF, seeds >> 32), (counter, zero, zero, zero))
     return [((a << 32 | b) / 2**64, (c << 32 | d) / 2**64) for a, b, c, d in zip(*(t.tolist() for t in (a, b, c, d)))]
 
 
@@ -88,21 +91,22 @@ def groups_of(num_cols: int, dtype: torch.dtype, start: int, aligned: bool) -> T
 
 
 def sample_case(
-    name: str, logits: Tensor, *, by_group: bool = False, gap: int = 0, lead: int = 0, sparse: int = 0, hostile: bool = False, **options: float | Tensor
-) -> Case:
-    """options: as `fastattn.sample`'s. by_group: the candidates do not hold all that is kept. hostile: any token of the row will do."""
+    name: str, logits: Tensor, *, by_group: bool = False, gap: int = 0, lead: int = 0, sparse: int = 0, hostile: bool = False,
+    seeds: Tensor | None = None, **options: float | Tensor,
+) -> Case:  # fmt: skip
+    """options, seeds: as `fastattn.sample`'s. by_group: the candidates do not hold all that is kept. hostile: any token of the row will do."""
     (num_rows, num_cols), dtype = logits.shape, logits.dtype
     of_rows = {key: value for key, value in options.items() if isinstance(value, Tensor)}
     numbers = {key: value for key, value in (WHOLE | options).items() if key not in of_rows}
     top_ks = of_rows.get("top_k")
     params = SampleParams(
         num_rows=num_rows, num_cols=num_cols, stride_x=sparse or num_cols + gap, dtype=DTYPES[dtype],
-        has_int64_top_ks=top_ks is not None and top_ks.dtype == I64, **numbers,
+        has_int64_top_ks=top_ks is not None and top_ks.dtype == I64, has_seed_per_row=seeds is not None, **numbers,
     )  # fmt: skip
     size = logits.element_size()
     buffers = [
         Buffer(spread(logits, gap), ("logits",), False, lead=lead * size, sparse=sparse * size),
-        Buffer(torch.tensor([SEED]), ("seed",), False),
+        Buffer(torch.tensor([SEED]) if seeds is None else seeds, ("seeds",), False),
         Buffer(nothing(num_rows, dtype=I64), ("ids",), True),
         *(Buffer(value, (key + "s",), False) for key, value in of_rows.items()),
     ]
@@ -110,7 +114,7 @@ def sample_case(
     def judge(ids: Tensor) -> None:
         valid = ~(logits.isnan() | (logits == INF)).any(1) & (logits > -INF).any(1)
         probs = None if hostile else reference.sampling_probs(logits.double(), **options)
-        for row, (token, numbers) in enumerate(zip(ids.tolist(), uniform_numbers(num_rows))):
+        for row, (token, numbers) in enumerate(zip(ids.tolist(), uniform_numbers(num_rows, seeds))):
             if not valid[row]:
                 assert token == -1, f"{name}: row {row} has no distribution, and {token} is drawn"
             elif hostile:
@@ -166,6 +170,7 @@ def sample_cases() -> list[Case]:
         min_p=torch.tensor([0.0, 0.1, 0.0, 0.05, 0.0]),
     )
     cases.append(sample_case("parameters of each row", draw(5, 50), **rows))
+    cases.append(sample_case("seeds of each row", draw(3, 700), by_group=True, seeds=torch.tensor([2**62 - 1, 0, 7])))
     two = {key: value[1:3].int() if key == "top_k" else value[1:3] for key, value in rows.items()}
     cases.append(sample_case("parameters of each row, int32", draw(2, 50), **two))
     return cases + hostile_cases() + refused_cases()

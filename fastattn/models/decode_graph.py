@@ -1,0 +1,72 @@
+"""A decoding step as a CUDA graph: the forward pass of one token a sequence is recorded once, and then replayed with one launch.
+
+A step of a small batch is hundreds of launches of a few microseconds each, which the host takes longer to make than the device to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.kv_cache import PagedKVCache, Step
+
+from .transformer import Transformer
+
+_WARM_UPS = 2  # what compiles, allocates or looks up something does so on its first runs
+
+
+@dataclass
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor  # (B,), read by it
+    hidden: Tensor  # (B, H), written by it
+
+
+class DecodeGraphs:
+    """`model.hidden(tokens, cache=cache)` for steps of one token a sequence, by a graph of each batch size.
+
+    A graph reads the cache's step tensors where they lie. They move when a step is larger than all before it, and all graphs are then
+    recorded anew. Graphs share their memory, so `hidden` is to be read before the next call.
+    """
+
+    def __init__(self, model: Transformer, cache: PagedKVCache) -> None:
+        self.model, self.cache = model, cache
+        self._graphs: dict[int, _Recorded] = {}  # by batch size
+        self._places: tuple[int, ...] = ()  # of the step tensors that they read
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens (B,) of the cache's current step, one a sequence. Returns (B, H), and has ended the step."""
+        places = _places(self.cache.current)
+        if places != self._places:
+            self._graphs.clear()
+            self._places = places
+        if len(tokens) not in self._graphs:
+            self._graphs[len(tokens)] = self._record(tokens)
+        recorded = self._graphs[len(tokens)]
+        recorded.tokens.copy_(tokens, non_blocking=True)
+        recorded.graph.replay()
+        self.cache.commit()  # no append was called, but what it does was done
+        return recorded.hidden
+
+    def _record(self, tokens: Tensor) -> _Recorded:
+        tokens, graph = tokens.clone(), torch.cuda.CUDAGraph()
+        beside = torch.cuda.Stream(tokens.device)
+        beside.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(beside):  # writes the step's keys and values, which the graph writes again
+            for _ in range(_WARM_UPS):
+                self._forward(tokens)
+        torch.cuda.current_stream(tokens.device).wait_stream(beside)
+        with torch.cuda.graph(graph, pool=self._pool):
+            hidden = self._forward(tokens)
+        return _Recorded(graph, tokens, hidden)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        return self.model.hidden(tokens[:, None], cache=self.cache)[:, 0]
+
+
+def _places(step: Step) -> tuple[int, ...]:
+    tensors = (step.page_table, step.cache_seqlens, step.seqlens_k, step.cu_seqlens_q, step.slots, step.positions)
+    return (step.page_table.stride(0), *(tensor.data_ptr() for tensor in tensors))
