@@ -1,4 +1,4 @@
-"""The `fastattn` command: bench, info, verify, warmup, cards, dump. argparse and plain prints: it runs where torch alone is installed."""
+"""The `fastattn` command: bench, info, verify, warmup, train, cards, dump. argparse and plain prints: torch alone is enough for it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from fastattn import __version__
     from fastattn.benchmarks import suite
+    from fastattn.models import training_cli
 
     parser = _Parser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
     parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--experts", type=int, nargs=4, metavar=("H", "I", "E", "K"), action="append", default=[],
         help="a mixture of experts: hidden size, intermediate size, experts, experts a token; may be repeated",
     )  # fmt: skip
+    training_cli.add_arguments(add("train", training_cli.run, "train a transformer on text, on one device or by torchrun on several"))
     add("cards", None, "compile every row of the tile table and record what came out (--check: compare)")
     add("dump", None, "write the compiler's stages of an op's kernels, for any part")
     return parser

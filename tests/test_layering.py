@@ -27,7 +27,7 @@ ALLOWED = {
     "fastattn.nn": {"torch", "fastattn.ops", "fastattn.reference", "fastattn.kv_cache"},
     "fastattn.page_pool": {"fastattn._page_pool"},
     "fastattn.kv_cache": {"torch", "fastattn.ops", "fastattn.page_pool"},
-    "fastattn.models": {"torch", "safetensors", "tokenizers", "gguf", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache"},
+    "fastattn.models": {"torch", "safetensors", "tokenizers", "gguf", "matplotlib", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache"},
     "fastattn.integrations": {"torch", "transformers", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool"},
 }
 
