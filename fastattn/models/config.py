@@ -203,7 +203,7 @@ _GEMMA = dict(  # Gemma 2, arXiv 2408.00118
     positions="rotary", norm="rms", norm_eps=1e-6, norm_offset=1.0, norm_position="both", activation="geglu", softcap=50.0,
     final_softcap=30.0,
 )  # fmt: skip
-_TINY = dict(vocab_size=256, hidden_size=128, num_layers=4, num_heads=4, max_seqlen=256)  # of bytes
+_TINY = dict(vocab_size=259, hidden_size=128, num_layers=4, num_heads=4, max_seqlen=256)  # of `ByteTokenizer`
 
 PRESETS: dict[str, dict[str, Any]] = {
     # GPT-2 small, 124 M

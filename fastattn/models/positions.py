@@ -43,5 +43,5 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     """
     below = 2 ** (num_heads.bit_length() - 1)
     first = torch.arange(1, below + 1, device=device, dtype=torch.float32) / below
-    rest = torch.arange(1, 2 * (num_heads - below), 2, device=device, dtype=torch.float32) / (2 * below)
+    rest = (2 * torch.arange(num_heads - below, device=device, dtype=torch.float32) + 1) / (2 * below)
     return torch.exp2(-8.0 * torch.cat([first, rest]))

@@ -196,18 +196,21 @@ class Transformer(nn.Module):
         return self._hidden(tokens, cu_seqlens, max_seqlen, cache)[0]
 
     def _hidden(
-        self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: PagedKVCache | None
-    ) -> tuple[Tensor, list[fnn.MoEAux]]:
+        self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: PagedKVCache | None,
+        contexts: list[dict[str, Any]] | None = None,
+    ) -> tuple[Tensor, list[fnn.MoEAux]]:  # fmt: skip
+        """`hidden`, and what the routers did. contexts: for each layer that has cross-attention, what to attend to."""
         self._check(tokens, cu_seqlens, max_seqlen, cache)
         x = self.embed(tokens, positions_of(tokens, cu_seqlens, cache))  # (…, H)
         places = self._places(x.device) | {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "cache": cache}
         auxes: list[fnn.MoEAux] = []
         for layer in self.layers:
+            of_layer = places if contexts is None else places | {"context": contexts[layer.layer_idx]}
             if self.checkpointing and torch.is_grad_enabled():
-                x, of_layer = checkpoint(_run, layer, x, places, use_reentrant=False)
+                x, layer_auxes = checkpoint(_run, layer, x, of_layer, use_reentrant=False)
             else:
-                x, of_layer = _run(layer, x, places)
-            auxes += of_layer
+                x, layer_auxes = _run(layer, x, of_layer)
+            auxes += layer_auxes
         return self.norm(x), auxes
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -253,10 +256,13 @@ class Transformer(nn.Module):
         Returns: a 0-d tensor of the hidden states' dtype, float32 under autocast.
         """
         hidden, auxes = self._hidden(tokens, cu_seqlens, max_seqlen, None)
-        loss = linear_cross_entropy(hidden, self.head_weight, labels, softcap=self.config.final_softcap, reduction=reduction)
+        return self._loss(hidden, labels, auxes, reduction)
+
+    def _loss(self, hidden: Tensor, labels: Tensor, auxes: list[fnn.MoEAux], reduction: str) -> Tensor:
+        config = self.config
+        loss = linear_cross_entropy(hidden, self.head_weight, labels, softcap=config.final_softcap, reduction=reduction)
         if not (auxes and self.training) or reduction == "none":
             return loss
-        config = self.config
         terms = [config.load_balancing_coef * aux.load_balancing_loss + config.z_loss_coef * aux.z_loss for aux in auxes]
         count = (labels != -100).sum() if reduction == "sum" else 1
         return loss + (torch.stack(terms).mean() * count).to(loss.dtype)
