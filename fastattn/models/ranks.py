@@ -48,6 +48,11 @@ class Ranks:
         fully_shard(model, mp_policy=policy)
         register_fsdp_forward_method(model, "loss")
 
+    def reshard(self, model: nn.Module) -> None:
+        """Give up what a forward without a backward has left gathered, which the optimizer does not know."""
+        if self.world > 1:
+            model.reshard()
+
 
 @contextmanager
 def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:

@@ -306,6 +306,7 @@ class Trainer:
             if index < count:
                 total, labels = total + loss, labels + _num_labels(batch)
         self.model.train()
+        self.ranks.reshard(self.model)
         total, labels = self.ranks.sum(total, labels)
         return total / max(labels, 1.0)
 
