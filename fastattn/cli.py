@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from fastattn import __version__
     from fastattn.benchmarks import suite
-    from fastattn.models import explain, generate_command
+    from fastattn.models import explain, generate_command, training_cli
 
     parser = _Parser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
     parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--experts", type=int, nargs=4, metavar=("H", "I", "E", "K"), action="append", default=[],
         help="a mixture of experts: hidden size, intermediate size, experts, experts a token; may be repeated",
     )  # fmt: skip
+    training_cli.add_arguments(add("train", training_cli.run, "train a transformer on text, on one device or by torchrun on several"))
     explain.add_arguments(add("explain", explain.run, "one text's way through a model, as a page to look at"))
     generate_command.add_arguments(add("generate", generate_command.run, "continue prompts with a model, streaming"))
     add("cards", None, "compile every row of the tile table and record what came out (--check: compare)")

@@ -29,7 +29,7 @@ ALLOWED = {
     "fastattn.kv_cache": {"torch", "fastattn.ops", "fastattn.page_pool"},
     "fastattn.scheduler": {"torch", "fastattn.kv_cache", "fastattn.page_pool"},
     "fastattn.models": {
-        "torch", "safetensors", "tokenizers", "gguf", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool",
+        "torch", "safetensors", "tokenizers", "gguf", "matplotlib", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool",
         "fastattn.scheduler",
     },
     "fastattn.integrations": {"torch", "transformers", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.scheduler"},
