@@ -105,11 +105,13 @@ def attention_forward(
     """
     layer = type(module).__name__
     if kwargs.get("position_bias") is not None:
-        raise ValueError(f'{FLASH_NAME}: {layer} must run with attn_implementation="fastattn", got a position_bias, which no flash function takes')
+        raise ValueError(
+            f'{FLASH_NAME}: {layer} must run with attn_implementation="fastattn", got a position_bias, which no flash function takes'
+        )
     if query.dtype == torch.float32 and not torch.is_autocast_enabled(query.device.type) and not _has_linear(module):
         raise ValueError(
-            f'{FLASH_NAME}: {layer} in float32 must run with attn_implementation="fastattn" (or in half precision): transformers looks for an '
-            "nn.Linear in the layer to know the model's dtype, got none"
+            f'{FLASH_NAME}: {layer} in float32 must run with attn_implementation="fastattn" (or in half precision): transformers looks '
+            "for an nn.Linear in the layer to know the model's dtype, got none"
         )
     return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
 

@@ -1,12 +1,12 @@
 """The loss of a model with a language modelling head, without the logits in memory where nobody needs them.
 
-transformers' forward computes logits, then from them the loss, and returns both. Here, in a forward that is to skip the logits, the head is
-called as ever (so that whatever gathers its weight does), computes `fastattn.linear_cross_entropy` of the hidden states that it is given, and
-returns the logits of no token; the class's own forward does everything before and after that.
+transformers' forward computes logits, then from them the loss, and returns both. Here, in a forward that is to skip the logits, the head
+is called as ever (so that whatever gathers its weight does), computes `fastattn.linear_cross_entropy` of the hidden states that it is
+given, and returns the logits of no token; the class's own forward does everything before and after that.
 
-When logits are skipped. What callers rely on is that `logits` is there; nobody reads them in a training step. So a forward with labels skips
-them in training mode and nowhere else, and its output has `logits=None`. `skip_logits=True` or `False` in the call says otherwise. A tuple
-(return_dict=False) keeps its logits, since what comes after would take their place.
+When logits are skipped. What callers rely on is that `logits` is there; nobody reads them in a training step. So a forward with labels
+skips them in training mode and nowhere else, and its output has `logits=None`. `skip_logits=True` or `False` in the call says otherwise. A
+tuple (return_dict=False) keeps its logits, since what comes after would take their place.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def causal_lm_loss(
 class Request:
     """What one forward of a model asks of its head, and the answer."""
 
-    def __init__(self, target: Tensor, shifted: bool, bias: Tensor | None, softcap: float, num_items: Tensor | int | None, ignore_index: int):
+    def __init__(
+        self, target: Tensor, shifted: bool, bias: Tensor | None, softcap: float, num_items: Tensor | int | None, ignore_index: int
+    ):
         self.target, self.shifted, self.bias, self.softcap = target, shifted, bias, softcap
         self.num_items, self.ignore_index = num_items, ignore_index
         self.loss: Tensor | None = None

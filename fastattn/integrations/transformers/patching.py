@@ -1,8 +1,8 @@
 """`patch`: the norms, rotary embedding, gated MLPs, experts and loss of one transformers model on fastattn; `unpatch`: as it was.
 
-A module's class is looked up in a table (`replacements.TABLE`, `loss.MODELS`), and the module itself gets another forward, as an attribute of
-its own. Parameters, state_dict, hooks, classes and other models are not touched, and the module's attributes are read at each call: weights
-may be loaded, moved, cast, sharded or wrapped by adapters afterwards.
+A module's class is looked up in a table (`replacements.TABLE`, `loss.MODELS`), and the module itself gets another forward, as an attribute
+of its own. Parameters, state_dict, hooks, classes and other models are not touched, and the module's attributes are read at each call:
+weights may be loaded, moved, cast, sharded or wrapped by adapters afterwards.
 """
 
 from __future__ import annotations
@@ -214,7 +214,10 @@ def unpatch(model: nn.Module) -> None:
     marked = {name: module for name, module in model.named_modules() if MARK in vars(module)}
     for name, module in marked.items():
         if vars(module).get("forward") is not vars(module)[MARK]:
-            raise ValueError(f"unpatch: the forward of {name or 'the model'} must be the one that patch put there, got {module.forward!r}: undo that first")
+            raise ValueError(
+                f"unpatch: the forward of {name or 'the model'} must be the one that patch put there, "
+                f"got {module.forward!r}: undo that first"
+            )
     for module in marked.values():
         if isinstance(module.forward, ModelSwap) and vars(module).get("_loss_function") is loss.causal_lm_loss:
             del module._loss_function

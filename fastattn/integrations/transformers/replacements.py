@@ -53,8 +53,8 @@ def gemma_norm(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def t5_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Llama's where x and weight have one dtype. T5's last linear layers stay in float32, and then a float32 x meets half-precision weights:
-    normalised in float32 it is rounded to the weights' dtype, whatever x's was."""
+    """Llama's where x and weight have one dtype. T5's last linear layers stay in float32, and then a float32 x meets half-precision
+    weights: normalised in float32 it is rounded to the weights' dtype, whatever x's was."""
     if hidden_states.dtype == self.weight.dtype:
         return llama_norm(self, hidden_states)
     y = rms_norm(hidden_states.float(), self.weight.shape, None, self.variance_epsilon)
