@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from fastattn.integrations import transformers as on_transformers
 from fastattn.testing.budget import check_budget
@@ -39,7 +40,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
 # --------------------------------------------------------------------------------------------------------------------
 # Families.
 
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}  # no text ends early
 COMMON = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
 LLAMA = {**COMMON, **IDS, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 WINDOW = 8
@@ -65,7 +66,13 @@ class Family:
         for name, parameter in model.named_parameters():
             if "norm" in name.lower() or name.endswith(("bias", "sinks")):  # ones and zeros otherwise
                 nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.3 if not name.endswith("sinks") else 2.0)
+        if self.has_experts:
+            model.set_experts_implementation("eager")
         return model
+
+    @property
+    def has_experts(self) -> bool:
+        return "num_experts_per_tok" in self.options
 
 
 def _decoder(name: str, slides: bool = False, **options: Any) -> Family:
@@ -122,11 +129,27 @@ FAMILIES: dict[str, Family] = {
 del FAMILIES["vit"].options["vocab_size"]
 
 
+EAGER_IN_FLOAT64 = "eager_in_float64"
+
+
+def eager_in_float64(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    """The model's own eager attention. It takes its softmax in float32, where a mask of float64's lowest number is -inf, and a row that sees
+    no key NaN: so the mask holds float32's lowest."""
+    if attention_mask is not None:
+        attention_mask = attention_mask.clamp(min=torch.finfo(torch.float32).min)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, attention_mask, **kwargs)
+
+
+transformers.AttentionInterface.register(EAGER_IN_FLOAT64, eager_in_float64)
+AttentionMaskInterface.register(EAGER_IN_FLOAT64, eager_mask)
+
+
 @functools.cache
 def built(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The family's model, in eager attention; a cell that changes it changes it back."""
     model = FAMILIES[family].build() if dtype == torch.float32 else copy.deepcopy(built(family)).to(dtype)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("eager" if dtype == torch.float32 else EAGER_IN_FLOAT64)
     return model
 
 
@@ -135,13 +158,17 @@ def built(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _attention(model: nn.Module, name: str) -> Iterator[None]:
-    before = model.config._attn_implementation
+def _attention(model: nn.Module, name: str, experts: str = "eager") -> Iterator[None]:
+    has_experts = getattr(model.config, "_experts_implementation", None) == "eager"
     model.set_attn_implementation(name)
+    if has_experts:
+        model.set_experts_implementation(experts)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation("eager")
+        if has_experts:
+            model.set_experts_implementation("eager")
 
 
 @contextlib.contextmanager
@@ -170,7 +197,7 @@ def _torch_sdpa(model: nn.Module) -> Iterator[None]:
 
 
 ROUTES: dict[str, Callable[[nn.Module], contextlib.AbstractContextManager]] = {
-    "fastattn": functools.partial(_attention, name="fastattn"),
+    "fastattn": functools.partial(_attention, name="fastattn", experts="fastattn"),
     "fastattn + patch": _patched,
     "fastattn_flash2": functools.partial(_attention, name=on_transformers.FLASH_NAME),
 }
@@ -181,6 +208,7 @@ if importlib.util.find_spec("fastattn.integrations.torch_sdpa"):
 # Scenarios. Each gives its results on a model; `expected`, where there is one, gives the right ones on an eager model, by a simpler way.
 
 BATCH, LENGTH, PADDING, NEW_TOKENS = 2, 20, 5, 8
+DECODED = 17  # tokens of a decoder that has an encoder: another number
 Results = dict[str, Any]
 
 
@@ -212,12 +240,16 @@ def inputs(family: str, side: str | None = None) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(BATCH, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
     given = {"input_ids": random_tokens()}
     if kind == "seq2seq":
-        given["decoder_input_ids"] = random_tokens(seed=2)
+        given["decoder_input_ids"] = random_tokens(DECODED, seed=2)
     if side is not None:
         given["attention_mask"] = padding(side)
         if kind == "seq2seq":
-            given["decoder_attention_mask"] = padding(side)
+            given["decoder_attention_mask"] = padding(side, DECODED)
     return given
+
+
+def output_length(family: str) -> int:
+    return DECODED if FAMILIES[family].kind == "seq2seq" else LENGTH
 
 
 def real(logits: Tensor, mask: Tensor) -> Tensor:
@@ -233,7 +265,11 @@ def logits(model: nn.Module, family: str) -> Results:
 
 @torch.no_grad()
 def padded(model: nn.Module, family: str, side: str) -> Results:
-    return {"logits": real(model(**inputs(family, side)).logits, padding(side))}
+    return {"logits": real(model(**inputs(family, side)).logits, padding(side, output_length(family)))}
+
+
+def labels(family: str) -> Tensor:
+    return random_tokens(output_length(family), seed=3).masked_fill(padding("right", output_length(family)) == 0, -100)
 
 
 def gradients(model: nn.Module, family: str) -> Results:
@@ -242,7 +278,7 @@ def gradients(model: nn.Module, family: str) -> Results:
         given = {**inputs(family), "labels": torch.tensor([1, 4])}
     else:
         given = inputs(family, "right")
-        given["labels"] = random_tokens(seed=3).masked_fill(padding("right") == 0, -100)
+        given["labels"] = labels(family)
     model.train()
     try:
         loss = model(**given).loss
@@ -272,7 +308,7 @@ def one_by_one(model: nn.Module, family: str) -> Results:
     return {"logits": torch.cat([model(part).logits for part in random_tokens(batch=1).split(LENGTHS, dim=1)], dim=1)}
 
 
-STOPS = (9, 16, 17, 18, LENGTH)  # a prompt in two parts, two tokens, and some more
+STOPS = (9, 14, 15, 16, DECODED, LENGTH)  # a prompt in two parts, some tokens, and some more
 
 
 def new_cache(model: nn.Module, family: str, kind: str) -> Any:
@@ -296,17 +332,17 @@ def cached(model: nn.Module, family: str, kind: str) -> Results:
     mask = padding("right" if seq2seq else "left")
     if seq2seq:
         encoded = model.get_encoder()(inputs(family)["input_ids"], attention_mask=mask)
-    for stop in STOPS:
+    for stop in STOPS[: -1 if seq2seq else None]:
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if seq2seq:
-            options |= {"encoder_outputs": encoded, "attention_mask": mask, "decoder_input_ids": random_tokens(seed=2)[:, start:stop]}
+            options |= {"encoder_outputs": encoded, "attention_mask": mask, "decoder_input_ids": random_tokens(DECODED, seed=2)[:, start:stop]}
             options |= {"decoder_attention_mask": torch.ones(BATCH, stop, dtype=torch.long)}
         else:
             options |= {"input_ids": random_tokens()[:, start:stop], "attention_mask": mask[:, :stop]}
             options |= {"position_ids": positions(mask)[:, start:stop]}
         parts.append(model(**options).logits)
         start = stop
-    return {"logits": real(torch.cat(parts, dim=1), torch.ones_like(mask) if seq2seq else mask)}
+    return {"logits": real(torch.cat(parts, dim=1), torch.ones(BATCH, DECODED) if seq2seq else mask)}
 
 
 @torch.no_grad()
@@ -329,12 +365,9 @@ PROMPTS = (5, 12, 3)
 def batched_continuously(model: nn.Module, family: str) -> Results:
     prompts = [random_tokens(n, batch=1, seed=n)[0].tolist() for n in PROMPTS]
     options = transformers.GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, **IDS)
-    cache = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32, **PAGE_SIZE)
+    cache = transformers.ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=32)
     found = model.generate_batch(prompts, generation_config=options, continuous_batching_config=cache, progress_bar=False, warmup=False)
     return {f"tokens of {n}": torch.tensor(answer.generated_tokens) for n, answer in zip(PROMPTS, by_request(found), strict=True)}
-
-
-PAGE_SIZE = {"page_size": 16}
 
 
 def by_request(found: dict[str, Any]) -> list[Any]:
@@ -401,10 +434,26 @@ class Reason:
         return all(wanted is None or value in wanted for wanted, value in zip((self.families, self.scenarios, self.routes), cell, strict=True))
 
 
+FLASH = {"fastattn_flash2"}
+OTHERS = set(ROUTES) - FLASH
 WHY_NOT: list[Reason] = [
-    Reason({"vit"}, PADDED | PACKED, ALL, "images are not padded or packed"),
+    Reason({"vit"}, PADDED | PACKED, ALL, "images are neither padded nor packed"),
     Reason({"vit", "bert"}, CACHED | {"generate", "continuous batching"}, ALL, "it does not generate"),
-]
+    Reason(SEQ2SEQS, PACKED, ALL, "an encoder and a decoder are packed at different places, and transformers has no names for both"),
+    Reason(SEQ2SEQS, {"continuous batching"}, ALL, "transformers batches decoders alone continuously"),
+    Reason(set(FAMILIES) - SLIDING, {"sliding cache"}, ALL, "it has no window that a cache could slide with"),
+    Reason(
+        {"t5"}, ALL, FLASH, "flash functions take no position bias: refused by name", fails=True
+    ),
+    Reason({"gpt2"}, ALL, FLASH, "in float32 transformers' flash wrapper fails on layers without an nn.Linear: refused by name", fails=True),
+    Reason(ALL, {"compile"}, FLASH, "in float32 transformers' flash wrapper logs a warning, which a graph cannot hold", fails=True),
+    Reason(
+        ALL, {"continuous batching"}, {"fastattn", "fastattn + patch"},
+        "from 5.20 on transformers takes sdpa, paged|eager or a name with flash in it for this", fails=True,
+    ),
+    Reason({"bert"}, {"packed by position_ids"}, OTHERS, "transformers' bidirectional masks do not look at position_ids, eager's neither", fails=True),
+    Reason({"gpt_oss"}, {"packed by position_ids"}, OTHERS, "gpt-oss makes its masks without position_ids, eager's too", fails=True),
+]  # fmt: skip
 
 
 def cells() -> list[tuple[str, str, str]]:

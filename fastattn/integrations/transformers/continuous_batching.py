@@ -100,6 +100,9 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """One attention layer, through transformers' flash wrapper.
 
+    Where a mask (B, S_k) of padding meets attention that is not causal, the wrapper takes the keys' padding for the queries' as well, which
+    in cross-attention is somebody else's: there `fastattn.attention` is given the mask, and nothing is unpadded.
+
     Raises: ValueError for what the wrapper would drop without a word, or fails at: T5's position bias, and float32 in a layer that has no
     nn.Linear to read the model's dtype from (GPT-2's are Conv1D).
     """
@@ -113,7 +116,23 @@ def attention_forward(
             f'{FLASH_NAME}: {layer} in float32 must run with attn_implementation="fastattn" (or in half precision): transformers looks '
             "for an nn.Linear in the layer to know the model's dtype, got none"
         )
+    is_causal = kwargs.get("is_causal")
+    if attention_mask is not None and not (module.is_causal if is_causal is None else is_causal):
+        return _bidirectional(query, key, value, attention_mask, **kwargs), None
     return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _bidirectional(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None, dropout: float = 0.0,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """(B, S_q, H, D_v) of (B, H, S, ·) over the keys that the mask keeps; a static cache's unused tail, which it does not reach, is not."""
+    q, k, v = query.transpose(1, 2), *(t[:, :, : attention_mask.shape[1]].transpose(1, 2) for t in (key, value))
+    width = None if sliding_window is None else sliding_window - 1
+    return attention(
+        q, k, v, window=(width, width), softmax_scale=scaling, softcap=softcap or 0.0, attn_bias=attention_mask[:, None, None].bool(),
+        sinks=s_aux, dropout_p=dropout,
+    ).contiguous()  # fmt: skip
 
 
 def _has_linear(module: nn.Module) -> bool:
