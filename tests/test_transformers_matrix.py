@@ -6,8 +6,8 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 import transformers_matrix as matrix  # noqa: E402  (the skip comes first)
 
-# Softcap, windows, two kinds of layers and 1 + weight; sinks and experts; position bias and cross-attention; a bidirectional mask.
-OFTEN = {"gemma2", "gpt_oss", "t5", "bert"}
+# Softcap, windows, two kinds of layers and 1 + weight; sinks and experts; position bias; cross-attention; a bidirectional mask; Conv1D.
+OFTEN = {"gemma2", "gpt_oss", "t5", "bart", "bert", "gpt2"}
 RUN = [cell for cell in matrix.cells() if matrix.why_not(*cell) is None]
 
 
@@ -21,7 +21,7 @@ def param(cell: tuple[str, str, str]):
     return pytest.param(*cell, id="-".join(cell).replace(" ", "_"), marks=() if is_quick(*cell) else pytest.mark.more)
 
 
-@pytest.mark.parametrize(("family", "scenario", "route"), map(param, RUN))
+@pytest.mark.parametrize(("family", "scenario", "route"), [param(cell) for cell in RUN])
 def test_cell(family, scenario, route):
     matrix.run(family, scenario, route)
 

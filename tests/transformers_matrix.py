@@ -214,6 +214,7 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scenario:
+    what: str
     run: Callable[[nn.Module, str], Results]
     expected: Callable[[nn.Module, str], Results]
     exact: bool = False  # tokens
@@ -365,7 +366,8 @@ PROMPTS = (5, 12, 3)
 def batched_continuously(model: nn.Module, family: str) -> Results:
     prompts = [random_tokens(n, batch=1, seed=n)[0].tolist() for n in PROMPTS]
     options = transformers.GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, **IDS)
-    cache = transformers.ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=32)
+    page_size = {"page_size" if hasattr(transformers.ContinuousBatchingConfig, "page_size") else "block_size": 16}  # 5.17's name
+    cache = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32, **page_size)
     found = model.generate_batch(prompts, generation_config=options, continuous_batching_config=cache, progress_bar=False, warmup=False)
     return {f"tokens of {n}": torch.tensor(answer.generated_tokens) for n, answer in zip(PROMPTS, by_request(found), strict=True)}
 
@@ -394,19 +396,24 @@ def _with(function: Callable, **options: Any) -> Callable[[nn.Module, str], Resu
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "logits": Scenario(logits, logits),
-    "gradients": Scenario(gradients, gradients),
-    "left padding": Scenario(_with(padded, side="left"), _with(padded, side="left")),
-    "right padding": Scenario(_with(padded, side="right"), _with(padded, side="right")),
-    "packed by position_ids": Scenario(_with(packed, by_lengths=False), one_by_one),
-    "packed by cu_seq_lens": Scenario(_with(packed, by_lengths=True), one_by_one),
-    "dynamic cache": Scenario(_with(cached, kind="dynamic"), at_once),
-    "sliding cache": Scenario(_with(cached, kind="sliding"), at_once),
-    "static cache": Scenario(_with(cached, kind="static"), at_once),
-    "generate": Scenario(generated, generated, exact=True),
-    "continuous batching": Scenario(batched_continuously, generated_one_by_one, exact=True),
-    "compile": Scenario(compiled, logits),
-}
+    "logits": Scenario("a batch without padding", logits, logits),
+    "gradients": Scenario("the loss of a right-padded batch in training mode, and every parameter's gradient", gradients, gradients),
+    "left padding": Scenario("logits where there are tokens; finite elsewhere", _with(padded, side="left"), _with(padded, side="left")),
+    "right padding": Scenario("the same", _with(padded, side="right"), _with(padded, side="right")),
+    "packed by position_ids": Scenario("three texts in one row, as three rows", _with(packed, by_lengths=False), one_by_one),
+    "packed by cu_seq_lens": Scenario("the same, with `cu_seq_lens_q` and its like", _with(packed, by_lengths=True), one_by_one),
+    "dynamic cache": Scenario(
+        "a padded prompt in two parts, then tokens; as all at once (for the window of a model, of full length)",
+        _with(cached, kind="dynamic"), at_once,
+    ),
+    "sliding cache": Scenario("the same with a cache of the window's length, past it", _with(cached, kind="sliding"), at_once),
+    "static cache": Scenario("the same with a cache longer than the text", _with(cached, kind="static"), at_once),
+    "generate": Scenario("greedy, from a padded batch", generated, generated, exact=True),
+    "continuous batching": Scenario(
+        "`generate_batch` of three prompts, as each by itself", batched_continuously, generated_one_by_one, exact=True
+    ),
+    "compile": Scenario('`torch.compile(fullgraph=True, backend="aot_eager")`', compiled, logits),
+}  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------------
 # What does not apply, and why.
@@ -474,8 +481,8 @@ in transformers' own modules: logits, losses and every parameter's gradient with
 in float64 as the truth; tokens exactly. A number: it does not apply, for the [reason](#why-not) of that number.
 
 `python tests/transformers_matrix.py --write` runs every cell and writes this page; `tests/test_transformers_matrix.py` runs them as tests. The models are
-random and tiny, in float32, and run on the CPU; none of this has run on a GPU. What each scenario does is in
-[transformers_matrix.py](../tests/transformers_matrix.py)."""
+random and tiny, in float32, and run on the CPU; none of this has run on a GPU. What is done
+([transformers_matrix.py](../tests/transformers_matrix.py)):"""
 
 
 @functools.cache
@@ -506,7 +513,7 @@ def run(family: str, scenario: str, route: str) -> None:
 def page() -> str:
     """docs/matrix.md, of cells that all pass where they apply."""
     texts = list(dict.fromkeys(why_not(*cell) for cell in cells() if why_not(*cell)))
-    parts = [HEAD]
+    parts = [HEAD, "\n".join(f"- {name}: {scenario.what}" for name, scenario in SCENARIOS.items())]
     for route in ROUTES:
         rows = [["", *SCENARIOS], ["---"] * (1 + len(SCENARIOS))]
         for family in FAMILIES:

@@ -73,8 +73,9 @@ class Swap:
     @property
     def __signature__(self) -> inspect.Signature:
         """The class's, which transformers and its Trainer ask a model's forward for."""
-        _, *parameters = inspect.signature(type(self.module).forward).parameters.values()
-        return inspect.Signature(parameters)
+        signature = inspect.signature(type(self.module).forward)
+        _, *parameters = signature.parameters.values()
+        return signature.replace(parameters=parameters)
 
 
 class RotarySwap(Swap):
