@@ -163,6 +163,8 @@ def _attention(model: nn.Module, name: str, experts: str = "eager") -> Iterator[
     model.set_attn_implementation(name)
     if has_experts:
         model.set_experts_implementation(experts)
+    reached = {part.config._attn_implementation for part in model.modules() if isinstance(part, transformers.PreTrainedModel)}
+    assert reached == {name}, f"set_attn_implementation({name!r}) left parts of the model at {reached - {name}}"
     try:
         yield
     finally:
