@@ -15,6 +15,7 @@ import torch  # noqa: E402  (the skip comes first)
 from torch import nn  # noqa: E402
 
 from fastattn.integrations import transformers as on_transformers  # noqa: E402
+from fastattn.integrations.transformers import experts as on_experts  # noqa: E402
 from fastattn.testing.budget import check_budget  # noqa: E402
 
 hub = pytest.importorskip("transformers.integrations.moe", reason="needs a transformers with a registry of experts")
@@ -99,7 +100,7 @@ def check_all(name: str, ours: dict, naive: dict, ref64: dict) -> None:
 def test_logits_and_parameter_gradients(name, dtype, attention):
     # In bf16 one layer: what the first rounds differently can change what the second one's router chooses.
     model = tiny(name, 1 if dtype == torch.bfloat16 else 2, dtype)
-    assert {on_transformers._known_gate(experts) for experts in experts_of(model)} == {MODELS[name][1]}
+    assert {on_experts.known_gate(experts) for experts in experts_of(model)} == {MODELS[name][1]}
     ref64, naive = results(copy.deepcopy(model).double(), "eager"), results(model, "eager")
     ours = results(model, "fastattn", attention)
     assert any("experts" in key for key in ours)
@@ -117,9 +118,9 @@ def test_the_kernels_compute_the_same(name, launches):
 
 def test_the_models_would_notice_their_experts(monkeypatch):
     """The comparison above means something: with the experts' output a hundredth off, it fails."""
-    model, right = tiny("mixtral"), on_transformers.moe
+    model, right = tiny("mixtral"), on_experts.moe
     ref64, naive = results(copy.deepcopy(model).double(), "eager"), results(model, "eager")
-    monkeypatch.setattr(on_transformers, "moe", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    monkeypatch.setattr(on_experts, "moe", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
     with pytest.raises(AssertionError, match="exceeds the budget"):
         check_all("mixtral", results(model, "fastattn"), naive, ref64)
 
@@ -213,7 +214,7 @@ def test_every_class_of_experts():
             experts = randomised(experts_class(AnyConfig()))
         except TypeError:  # it wants more than a config
             continue
-        gates[experts_class.__name__] = on_transformers._known_gate(experts)
+        gates[experts_class.__name__] = on_experts.known_gate(experts)
         for dtype in (torch.float32, torch.bfloat16):
             check_experts(experts, dtype)
     assert len(gates) > 30
@@ -253,7 +254,7 @@ def odd_experts() -> dict[str, nn.Module]:
 
 def test_in_doubt_the_module_computes_its_gate():
     for name, experts in odd_experts().items():
-        assert on_transformers._known_gate(experts) is None, name
+        assert on_experts.known_gate(experts) is None, name
         inputs = inputs_of(experts)
         ours, theirs = (run_experts(experts, i, inputs, torch.float32) for i in ("fastattn", "batched_mm"))
         for key, value in theirs.items():
@@ -320,6 +321,6 @@ def test_compiles_in_one_graph(name):
 
 
 def test_a_transformers_without_a_registry(monkeypatch):
-    monkeypatch.setattr(on_transformers, "hub", None)
+    monkeypatch.setattr(on_experts, "hub", None)
     on_transformers.register()
-    assert on_transformers._known_gate(experts_of(tiny("mixtral", 1))[0]) is None
+    assert on_experts.known_gate(experts_of(tiny("mixtral", 1))[0]) is None
