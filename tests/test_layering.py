@@ -27,7 +27,9 @@ ALLOWED = {
     "fastattn.nn": {"torch", "fastattn.ops", "fastattn.reference", "fastattn.kv_cache"},
     "fastattn.page_pool": {"fastattn._page_pool"},
     "fastattn.kv_cache": {"torch", "fastattn.ops", "fastattn.page_pool"},
-    "fastattn.integrations": {"torch", "transformers", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool"},
+    "fastattn.integrations": {
+        "torch", "transformers", "fastattn.ops", "fastattn.flash_attn", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool",
+    },
 }
 
 
