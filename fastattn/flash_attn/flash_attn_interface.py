@@ -8,8 +8,8 @@ keys at a time, and give the backward the output and log-sum-exp over all of the
     backward: writes dq, dk and dv, where they are not None, and returns softmax_d = rowsum(dout·out), float32, of softmax_lse's shape
         (flash-attn pads its rows to a multiple of 128).
 
-Here they are plain functions, also where flash-attn's `_wrapped_…` names are torch operators. window_size_*: −1 is unbounded.
-deterministic, and zero_tensors: nothing depends on them here.
+Here they are plain functions, whose parameters inspect.getfullargspec finds, also where flash-attn's are torch operators. window_size_*:
+−1 is unbounded. deterministic, and zero_tensors: nothing depends on them here.
 
 Raises: as `fastattn.attention`, and NotImplementedError naming an option that is not there.
 """
@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 
-@torch.no_grad()
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -67,7 +66,6 @@ def _flash_attn_forward(
     return _forward("_flash_attn_forward", q, k, v, dropout_p, causal, window, scores, {}, return_softmax)
 
 
-@torch.no_grad()
 def _flash_attn_varlen_forward(
     q: Tensor,
     k: Tensor,
@@ -99,23 +97,10 @@ def _flash_attn_varlen_forward(
     if block_table is None and leftpad_k is None and seqused_k is None:
         lengths = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
         return _forward(op, q, k, v, dropout_p, causal, window, scores, lengths, return_softmax)
-    if dropout_p:
-        raise NotImplementedError(f"{op}: dropout_p is not supported with block_table, leftpad_k or seqused_k")
-    checks.check_tensor(op, "q", q)
-    checks.check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
-    if block_table is None:
-        check_attention(op, k, k, v, cu_seqlens_q=cu_seqlens_k, cu_seqlens_k=cu_seqlens_k)
-        k, v, block_table = as_cache(k, v, cu_seqlens_k, max_seqlen_k)
-    cache = k, v, block_table, cu_seqlens_k.diff() if seqused_k is None else seqused_k
-    queries = dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q)
-    _, left, right = check_paged(op, q, *cache, causal=causal, window=window, **queries, **scores)
-    if leftpad_k is not None:
-        checks.check_int32(op, "leftpad_k", leftpad_k, (block_table.shape[0],), f"(B,) = ({block_table.shape[0]},)", q)
-    out, lse = attend_paged(q, *cache, leftpad=leftpad_k, window_left=left, window_right=right, **queries, **scores)
-    return out, lse, q.new_empty(0), _rng_state(q)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return _forward_over_cache(op, q, k, v, dropout_p, causal, window, scores, *lengths, block_table, leftpad_k, seqused_k)
 
 
-@torch.no_grad()
 def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,
@@ -143,7 +128,6 @@ def _flash_attn_backward(
     return _backward("_flash_attn_backward", tensors, (dq, dk, dv), dropout_p, causal, window, scores, {}, rng_state)
 
 
-@torch.no_grad()
 def _flash_attn_varlen_backward(
     dout: Tensor,
     q: Tensor,
@@ -194,6 +178,7 @@ def _checked(op: str, q, k, v, dropout_p, causal, window, scores: dict[str, Any]
     return dict(dropout_p=dropout_p, window_left=left, window_right=right, **scores, **lengths)
 
 
+@torch.no_grad()
 def _forward(op, q, k, v, dropout_p, causal, window, scores, lengths, return_softmax) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = _checked(op, q, k, v, dropout_p, causal, window, scores, lengths)
     seed = draw_seed(q.device) if dropout_p else None
@@ -205,6 +190,27 @@ def _forward(op, q, k, v, dropout_p, causal, window, scores, lengths, return_sof
     return out, lse, probabilities, _rng_state(q, seed)
 
 
+@torch.no_grad()
+def _forward_over_cache(
+    op, q, k, v, dropout_p, causal, window, scores, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, leftpad_k,
+    seqused_k,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if dropout_p:
+        raise NotImplementedError(f"{op}: dropout_p is not supported with block_table, leftpad_k or seqused_k")
+    checks.check_tensor(op, "q", q)
+    checks.check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
+    if block_table is None:
+        check_attention(op, k, k, v, cu_seqlens_q=cu_seqlens_k, cu_seqlens_k=cu_seqlens_k)
+        k, v, block_table = as_cache(k, v, cu_seqlens_k, max_seqlen_k)
+    cache = k, v, block_table, cu_seqlens_k.diff() if seqused_k is None else seqused_k
+    queries = dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q)
+    _, left, right = check_paged(op, q, *cache, causal=causal, window=window, **queries, **scores)
+    if leftpad_k is not None:
+        checks.check_int32(op, "leftpad_k", leftpad_k, (block_table.shape[0],), f"(B,) = ({block_table.shape[0]},)", q)
+    out, lse = attend_paged(q, *cache, leftpad=leftpad_k, window_left=left, window_right=right, **queries, **scores)
+    return out, lse, q.new_empty(0), _rng_state(q)
+
+
 def _rng_state(q: Tensor, seed: Tensor | None = None) -> Tensor:
     state = torch.zeros(2, dtype=torch.int64, device=q.device)
     if seed is not None:
@@ -212,6 +218,7 @@ def _rng_state(q: Tensor, seed: Tensor | None = None) -> Tensor:
     return state
 
 
+@torch.no_grad()
 def _backward(op, tensors, grads, dropout_p, causal, window, scores, lengths, rng_state) -> Tensor:
     dout, q, k, v, out, lse = tensors
     options = _checked(op, q, k, v, dropout_p, causal, window, scores, lengths)
