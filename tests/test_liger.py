@@ -14,7 +14,7 @@ from fastattn.testing.budget import check_budget
 
 OUTPUTS = "return_z_loss return_token_accuracy return_predicted_tokens"
 SIGNATURES = {  # of liger-kernel 0.8.5
-    "liger_rms_norm": "X W eps offset casting_mode in_place row_mode",
+    "liger_rms_norm": "X W eps offset casting_mode in_place",
     "liger_fused_add_rms_norm": "X R W eps offset casting_mode in_place",
     "liger_layer_norm": "X W B eps",
     "liger_swiglu": "a b",

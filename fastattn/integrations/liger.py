@@ -39,13 +39,7 @@ def _refuse(op: str, **options: Any) -> None:
 
 
 def liger_rms_norm(
-    X: Tensor,
-    W: Tensor | None,
-    eps: float,
-    offset: float = 0.0,
-    casting_mode: str = "llama",
-    in_place: bool = True,
-    row_mode: bool | None = None,
+    X: Tensor, W: Tensor | None, eps: float, offset: float = 0.0, casting_mode: str = "llama", in_place: bool = True
 ) -> Tensor:
     """X/√(mean X² + eps)·(W + offset) over the last dim, in X's dtype.
 
@@ -120,7 +114,7 @@ class _Function:
         self.apply = function
 
 
-LigerRMSNormFunction = _Function(liger_rms_norm)
+LigerRMSNormFunction = _Function(lambda X, W, eps, *options: liger_rms_norm(X, W, eps, *options[:3]))  # the fourth is row_mode
 LigerFusedAddRMSNormFunction = _Function(liger_fused_add_rms_norm)
 LigerLayerNormFunction = _Function(liger_layer_norm)
 LigerSiLUMulFunction = _Function(liger_swiglu)
