@@ -406,7 +406,15 @@ def test_registering_activates_nothing():
     assert current_flash_attention_impl() is None
 
 
-def test_restoring_gives_torchs_own_back():
+@pytest.fixture
+def every_warning():
+    """torch says once what it would say of every overridden operator."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+def test_restoring_gives_torchs_own_back(every_warning):
     q, k, v = qkv(seqlen_q=40)
     dout = torch.randn(2, 4, 40, 8)
 

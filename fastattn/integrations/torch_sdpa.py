@@ -57,7 +57,7 @@ class _Activation:
 def _activate() -> _Activation:
     active = _Activation([])
     with warnings.catch_warnings():  # of overriding a kernel, which is what this is for
-        warnings.filterwarnings("ignore", message=r".*Overriding a previously registered kernel", category=UserWarning)
+        warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel", category=UserWarning)
         for key, implementations in IMPLEMENTATIONS.items():
             library = Library("aten", "IMPL", key)
             active.libraries.append(library)
