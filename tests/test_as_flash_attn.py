@@ -6,8 +6,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import itertools
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -448,9 +448,17 @@ def test_rms_norm_module():
     assert norms.RMSNorm(20, dropout_p=0.5).eval()(x).equal(norms.RMSNorm(20)(x))
 
 
+def test_needs_no_transformers():
+    from test_layering import imported, modules
+
+    free = {"__init__", "flash_attn_alias", "torch_sdpa", "liger"}
+    names = {path.stem: {name for _, name in imported(module, path)} for module, path in modules("fastattn.integrations")}
+    assert free <= names.keys()
+    assert not [stem for stem in free if any(name.partition(".")[0] == "transformers" for name in names[stem])]
+
+
 def test_walks_every_module():
     """A module that is added to fastattn.flash_attn has the other name as well."""
     with as_flash_attn():
         names = {name for name in sys.modules if name.partition(".")[0] == "flash_attn"}
-    files = itertools.chain.from_iterable(p.rglob("*.py") for p in [__import__("pathlib").Path(ours.__file__).parent])
-    assert len(names) == len(list(files))
+    assert len(names) == len(list(Path(ours.__file__).parent.rglob("*.py")))

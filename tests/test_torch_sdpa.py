@@ -328,6 +328,34 @@ def test_the_backward_has_the_forwards_dropout(active, layout):
     assert torch.equal(first, aten._flash_attention_forward(*tensors, *lengths, p, False, False)[0])
 
 
+def test_cuda_functions_never_sync(monkeypatch):
+    """On the way to the launches, under a dispatch mode that refuses `.item()` and device copies."""
+    pytest.importorskip("triton", reason="needs triton")
+    from fastattn.kernels import attention, attention_bwd, paged_attention
+    from fastattn.ops import attention as ops
+    from fastattn.ops import paged_attention as paged_ops
+    from fastattn.testing.stub_driver import no_host_sync, stub_driver
+
+    launched = []
+    for module in (attention, attention_bwd, paged_attention):
+        monkeypatch.setattr(module, "launch", lambda kernel, *args, **meta: launched.append(kernel.__name__))
+    for module in (ops, paged_ops, torch_sdpa):
+        monkeypatch.setattr(module, "runs_kernels", lambda tensor: True)
+        monkeypatch.setattr(module, "checks_values", lambda tensor: False)
+    q, k, v = (t.detach().bfloat16() for t in qkv(kv_heads=2))
+    (pq, pk, pv), lengths = packed(dtype=torch.bfloat16)
+    pq, pk, pv = (t.detach() for t in (pq, pk, pv))
+    used = torch.tensor([4, 6, 3, 11], dtype=torch.int32)
+    with stub_driver(), no_host_sync():
+        out, lse, *_, rng_state, offset, _ = torch_sdpa.sdpa_forward(q, k, v, 0.1, True)
+        torch_sdpa.sdpa_backward(out, q, k, v, out, lse, None, None, 9, 9, 0.1, True, rng_state, offset)
+        out, lse, rng_state, offset, _ = torch_sdpa.flash_forward(pq, pk, pv, *lengths, 0.0, True, False)
+        torch_sdpa.flash_backward(out, pq, pk, pv, out, lse, *lengths, 0.0, True, rng_state, offset)
+        torch_sdpa.flash_forward(pq, pk, pv, *lengths, 0.0, True, False, seqused_k=used)
+    forward, backward, paged = (sum(part in name for name in launched) for part in ("attention_fwd", "attention_bwd", "paged"))
+    assert (forward, paged) == (2, 1) and backward >= 4, launched
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Layouts.
 

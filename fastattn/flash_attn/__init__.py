@@ -2,6 +2,10 @@
 
     from fastattn.flash_attn import flash_attn_func          # was: from flash_attn import flash_attn_func
 
+Other paths of flash-attn's are modules here too, by their names (flash_attn_interface, bert_padding, layers.rotary, losses.cross_entropy,
+ops.…); `v3` and `v4` are FlashAttention-3's and -4's functions; and `fastattn.integrations.as_flash_attn` makes `import flash_attn` mean
+this package, for code that is not to be edited.
+
 What differs from flash-attn, each time by allowing more: float32 besides float16 and bfloat16; any head_dim from 1 to 512, and v's own;
 softcap together with dropout; CPU tensors; an LSE that can be differentiated. And two conventions of the LSE: a row that sees no key has
 −inf (flash-attn 2's unsplit kernel says +inf), and ALiBi under a causal mask is −slope·|i + S_k − S_q − j| (flash-attn 2 adds slope·j,
