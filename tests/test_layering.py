@@ -32,7 +32,9 @@ ALLOWED = {
         "torch", "safetensors", "tokenizers", "gguf", "matplotlib", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool",
         "fastattn.scheduler",
     },
-    "fastattn.integrations": {"torch", "transformers", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.scheduler"},
+    "fastattn.integrations": {
+        "torch", "transformers", "fastattn.ops", "fastattn.flash_attn", "fastattn.nn", "fastattn.kv_cache", "fastattn.scheduler",
+    },
 }  # fmt: skip
 
 

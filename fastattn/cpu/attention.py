@@ -10,8 +10,9 @@ entries exist at a time, and only of keys that some row of the chunk can see.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,16 @@ import torch.nn.functional as F
 
 from fastattn.extensions import cpu_operators, in_rows
 
-_fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+def _torchs_own(operator: str) -> Callable:
+    """What torch has for an operator on the CPU now, and not what is registered over it later: fastattn.integrations.torch_sdpa does
+    that, and what it registers ends up here."""
+    kernel = torch.library.get_kernel(operator, "CPU")
+    return functools.partial(kernel.call_boxed, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
+
+
+_fused_forward = _torchs_own("aten::_scaled_dot_product_flash_attention_for_cpu")
+_fused_backward = _torchs_own("aten::_scaled_dot_product_flash_attention_for_cpu_backward")
 
 # 4 MB in float32. Larger chunks were no faster: the allocator hands big buffers back to the system each time, and the
 # page faults then cost more than the arithmetic.

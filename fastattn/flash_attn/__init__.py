@@ -2,6 +2,10 @@
 
     from fastattn.flash_attn import flash_attn_func          # was: from flash_attn import flash_attn_func
 
+Other paths of flash-attn's are modules here too, by their names (flash_attn_interface, bert_padding, layers.rotary, losses.cross_entropy,
+ops.…); `v3` and `v4` are FlashAttention-3's and -4's functions; and `fastattn.integrations.as_flash_attn` makes `import flash_attn` mean
+this package, for code that is not to be edited.
+
 What differs from flash-attn, each time by allowing more: float32 besides float16 and bfloat16; any head_dim from 1 to 512, and v's own;
 softcap together with dropout; CPU tensors; an LSE that can be differentiated. And two conventions of the LSE: a row that sees no key has
 −inf (flash-attn 2's unsplit kernel says +inf), and ALiBi under a causal mask is −slope·|i + S_k − S_q − j| (flash-attn 2 adds slope·j,
@@ -35,6 +39,8 @@ from fastattn.ops.paged_attention import paged_attention
 
 from . import bert_padding
 from .kv_cache import flash_attn_with_kvcache
+
+__version__ = "2.8.3"  # flash-attn's, whose interface this is
 
 __all__ = [
     "bert_padding",
@@ -228,18 +234,19 @@ def _attention(q, k, v, options, return_attn_probs):
     if isinstance(q, Tensor) and options["dropout_p"]:  # any type: `attention` is yet to check it
         rng_state = torch.cuda.get_rng_state(q.device) if q.is_cuda else torch.get_rng_state()
     out, lse = attention(q, k, v, **options, return_lse=True)
-    return out, lse, None if rng_state is None else _signed_probabilities(q, k, options, rng_state)
-
-
-@torch.no_grad()
-def _signed_probabilities(q, k, options, rng_state) -> Tensor:
-    """flash-attn's S_dmask: the reference's probabilities, signed by the mask whose seed was drawn at `rng_state`."""
+    if rng_state is None:
+        return out, lse, None
     if q.is_cuda:
         torch.cuda.set_rng_state(rng_state, q.device)
     else:
         torch.set_rng_state(rng_state)
     seed = draw_seed(q.device)  # the one draw of that call, so the generator now stands where the call left it
+    return out, lse, signed_probabilities(q, k, options, seed)
 
+
+@torch.no_grad()
+def signed_probabilities(q, k, options, seed) -> Tensor:
+    """flash-attn's S_dmask: the reference's probabilities, signed by the mask of that seed."""
     options = dict(options)
     dropout_p, cu_seqlens_k = options.pop("dropout_p"), options.get("cu_seqlens_k")
     heads, kv_heads = q.shape[-2], k.shape[-2]

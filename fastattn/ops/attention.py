@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -262,19 +263,9 @@ def attend(
         v = v.view_as(v)
     if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = cu_seqlens_k.view_as(cu_seqlens_k)
-    packed = cu_seqlens_q is not None
-    if attn_bias is not None:  # to four dims, here rather than in the operator so that autograd sees the view
-        attn_bias = attn_bias.reshape((1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape))
-    softmax_scale = checks.resolved_softmax_scale(softmax_scale, q.shape[-1])
-    options = _Options(
-        q.shape[0 if packed else 1] if max_seqlen_q is None else max_seqlen_q,
-        k.shape[0 if packed else 1] if max_seqlen_k is None else max_seqlen_k,
-        window_left,
-        window_right,
-        softmax_scale,
-        float(softcap),
-        float(dropout_p),
-    )
+    attn_bias = _four_dims(attn_bias)  # here rather than in the operator so that autograd sees the view
+    lengths = cu_seqlens_q, max_seqlen_q, max_seqlen_k
+    options = _options(q, k, *lengths, window_left, window_right, softmax_scale, softcap, dropout_p)
     if dropout_p > 0.0 and dropout_seed is None:
         dropout_seed = draw_seed(q.device)
     tensors = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
@@ -283,17 +274,84 @@ def attend(
     return out, lse
 
 
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    attn_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    block: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend`'s dq, dk and dv, contiguous, for the faces whose callers have an autograd of their own. Nothing records it.
+
+    out and lse as `attend` returned them, any strides; the other arguments as it was given them, dropout_seed among them. block: k and v
+    are a block of more keys, over all of which out and lse are, as in ring attention; dq is then the block's part of a sum.
+    """
+    lengths = cu_seqlens_q, max_seqlen_q, max_seqlen_k
+    options = _options(q, k, *lengths, window_left, window_right, softmax_scale, softcap, dropout_p)
+    tensors = q, k, v, _four_dims(attn_bias), alibi_slopes, None, dropout_seed, cu_seqlens_q, cu_seqlens_k
+    dlse = None
+    with torch.no_grad():
+        if block and not runs_kernels(q):
+            # The kernels take probabilities from lse; the CPU path makes a softmax of what it is given. With the block's own (out', lse')
+            # and w = exp(lse' − lse), P = w·P', and P·(dP − rowsum(dout·out)) = P'·(w·dP − rowsum(w·dout·out') + dlse').
+            own_out, own_lse, _ = operators.attention_fwd(*tensors, *options, False)
+            share = (own_lse - lse).exp().masked_fill(own_lse == -math.inf, 0.0)
+            share_of_row = share.transpose(-1, -2).unsqueeze(-1)  # (…, H, S) beside (…, S, H, D)
+            dlse = share * ((own_out.float() - out.float()) * dout.float()).sum(-1).transpose(-1, -2)
+            dout, out, lse = (share_of_row * dout).to(dout.dtype), own_out, own_lse
+        out, lse = out.contiguous(), lse.contiguous()  # as the kernels read them
+        dq, dk, dv, _, _ = operators.attention_bwd(dout, dlse, *tensors, out, lse, None, *options, False)
+    return dq, dk, dv
+
+
+def _four_dims(attn_bias: Tensor | None) -> Tensor | None:
+    return None if attn_bias is None else attn_bias.reshape((1,) * (4 - attn_bias.dim()) + tuple(attn_bias.shape))
+
+
+def _options(
+    q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k, window_left, window_right, softmax_scale, softcap, dropout_p
+) -> _Options:
+    length = 0 if cu_seqlens_q is not None else 1
+    return _Options(
+        q.shape[length] if max_seqlen_q is None else max_seqlen_q,
+        k.shape[length] if max_seqlen_k is None else max_seqlen_k,
+        window_left,
+        window_right,
+        checks.resolved_softmax_scale(softmax_scale, q.shape[-1]),
+        float(softcap),
+        float(dropout_p),
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The public function.
 
 
-def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
-    op = "attention"
+def check_attention(
+    op: str, q, k, v, attn_bias=None, alibi_slopes=None, sinks=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+    max_seqlen_k=None, *, float64: bool = False,
+) -> None:  # fmt: skip
+    """Raise, in the name of `op`, unless the tensors and lengths are as `attention` documents (float64: or of that dtype)."""
     packed = cu_seqlens_q is not None
     if packed != (cu_seqlens_k is not None):
         given = "cu_seqlens_q" if packed else "cu_seqlens_k"
         checks.reject(op, "cu_seqlens_q and cu_seqlens_k", "be given together", f"only {given}")
-    checks.check_qkv(op, q, k, v, packed)
+    checks.check_qkv(op, q, k, v, packed, float64)
     heads = q.shape[-2]
     if packed:
         checks.check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
@@ -418,7 +476,7 @@ def attention(
         max_seqlen_q = checks.integer("attention", "max_seqlen_q", max_seqlen_q, "be an int or None")
     if max_seqlen_k is not None:
         max_seqlen_k = checks.integer("attention", "max_seqlen_k", max_seqlen_k, "be an int or None")
-    _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_attention("attention", q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     window_left, window_right = checks.check_scores("attention", causal, window, softmax_scale, softcap)
     checks.check_probability("attention", "dropout_p", dropout_p)
     out, lse = attend(

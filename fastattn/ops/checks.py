@@ -62,11 +62,11 @@ def check_float(op: str, arg: str, value: torch.Tensor, *, or_bool: bool = False
         reject(op, arg, f"have a {'bool or ' if or_bool else ''}floating-point dtype", value.dtype, TypeError)
 
 
-def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
-    """q (B, S_q, H, D), k (B, S_k, H_kv, D), v (B, S_k, H_kv, D_v); packed, the first two dims are one."""
+def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool, float64: bool = False) -> None:
+    """q (B, S_q, H, D), k (B, S_k, H_kv, D), v (B, S_k, H_kv, D_v); packed, the first two dims are one. float64: that too will do."""
     for arg, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, arg, t)
-    if q.dtype not in FLOAT_DTYPES:
+    if q.dtype not in FLOAT_DTYPES and not (float64 and q.dtype == torch.float64):
         reject(op, "q", "be float16, bfloat16 or float32", q.dtype, TypeError)
     rank, letters = (3, "(T, H, D)") if packed else (4, "(B, S, H, D)")
     for arg, t in (("q", q), ("k", k), ("v", v)):

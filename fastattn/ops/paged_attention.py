@@ -225,6 +225,17 @@ def check_paged(
 # The public functions.
 
 
+def as_cache(k: Tensor, v: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """k_cache, v_cache and page_table of keys in a dense batch or a packed one, for faces that let a sequence use the first of them only.
+
+    Dense (B, S_k, H_kv, D): a row of the batch is a page. Packed (T_k, H_kv, D) with cu_seqlens_k: a token is.
+    """
+    if cu_seqlens_k is None:
+        return k, v, torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]
+    places = torch.arange(k.shape[0] if max_seqlen_k is None else max_seqlen_k, dtype=torch.int32, device=k.device)
+    return k[:, None], v[:, None], cu_seqlens_k[:-1, None] + places
+
+
 def attend_paged(
     q, k_cache, v_cache, page_table, seqlens_k, *, cu_seqlens_q=None, alibi_slopes=None, sinks=None, k_scale=None, v_scale=None,
     leftpad=None, max_seqlen_q=None, window_left=None, window_right=None, softmax_scale=None, softcap=0.0, num_splits=0, backend=None,
