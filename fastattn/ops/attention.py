@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -219,6 +220,15 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
+# What draws the seed for a tensor of a subclass, by its type: fastattn.integrations.dtensor has each shard draw its own.
+seed_of: dict[type, Callable[[Tensor], Tensor]] = {}
+
+
+def draw_seed_for(t: Tensor) -> Tensor:
+    """`draw_seed` where t is."""
+    return seed_of[type(t)](t) if type(t) in seed_of else draw_seed(t.device)
+
+
 def dropout_keep(
     seed: Tensor, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float
 ) -> Tensor:
@@ -276,7 +286,7 @@ def attend(
         float(dropout_p),
     )
     if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = draw_seed(q.device)
+        dropout_seed = draw_seed_for(q)
     tensors = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
     keep_weights = wants_gradient(*tensors) and _keeps_weights(tensors, options)
     out, lse, _ = apply("attention", _Attention, *tensors, options, lse_used, keep_weights)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from . import checks
 
@@ -55,7 +55,7 @@ operators = types.SimpleNamespace()
 
 def _call(operator: torch._ops.OpOverload, on_cpu: Callable, on_cuda: Callable, *args: Any) -> Any:
     """The operator's result."""
-    if not (torch.compiler.is_compiling() or _is_watched()):
+    if not is_watched():
         implementation = None
         for arg in args:
             if isinstance(arg, Tensor):
@@ -69,12 +69,14 @@ def _call(operator: torch._ops.OpOverload, on_cpu: Callable, on_cuda: Callable, 
     return operator(*args)
 
 
-def _is_watched() -> bool:
-    """Whether modes, transforms, a tracer or a profiler are to see operators."""
+def is_watched() -> bool:
+    """Whether a compiler, modes, transforms, a tracer or a profiler (of all threads, too) are to see operators."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or profiler._is_profiler_enabled
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
     )
