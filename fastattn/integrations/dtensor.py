@@ -87,10 +87,14 @@ def _divides(size: int, mesh: torch.distributed.DeviceMesh) -> bool:
 
 
 def _draw_seed(like: DTensor) -> DTensor:
-    """A dropout seed of `like`'s shards: each its own, (1,) of a tensor with as many, so that their masks have nothing in common."""
+    """A dropout seed of `like`'s shards: each its own, (1,) of a tensor with as many, so that their masks have nothing in common, though
+    ranks may be seeded alike."""
+    mesh, shard = like.device_mesh, 0
     placements = [p if isinstance(p, Replicate) else Shard(0) for p in like.placements]
-    local = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device)
-    return DTensor.from_local(local, like.device_mesh, placements, run_check=True)  # which has one rank's reach all that hold the shard
+    for size, place, placement in zip(mesh.shape, mesh.get_coordinate() or [], placements):
+        shard = shard if isinstance(placement, Replicate) else shard * size + place
+    local = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=like.device) + shard
+    return DTensor.from_local(local, mesh, placements, run_check=True)  # which has one rank's reach all that hold the shard
 
 
 # --------------------------------------------------------------------------------------------------------------------

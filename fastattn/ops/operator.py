@@ -59,8 +59,9 @@ def _call(operator: torch._ops.OpOverload, on_cpu: Callable, on_cuda: Callable, 
         implementation = None
         for arg in args:
             if isinstance(arg, Tensor):
-                # Of these the dispatcher makes plain ones, or a loop over them.
-                if type(arg) not in _PLAIN or arg.is_neg() or torch._C._functorch.is_legacy_batchedtensor(arg):
+                # Of these the dispatcher makes plain ones, or a loop over them: views of −x, zeros without memory, and what wraps a tensor
+                # up, be it for the older vmap or for a transform that it has outlived.
+                if type(arg) not in _PLAIN or arg.is_neg() or arg._is_zerotensor() or not torch._C._has_storage(arg):
                     break
                 implementation = implementation or (on_cuda if arg.is_cuda else on_cpu if arg.is_cpu else operator)
         else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import checks
-from .attention import attend
+from .attention import attend, seed_of
 from .dispatch import runs_kernels
 
 _OP = "scaled_dot_product_attention"
@@ -55,7 +55,7 @@ def scaled_dot_product_attention(
         (N..., H, S_q, D_v) in query's dtype. A row that may see no key is 0, as torch's own CPU paths have it, and so are its gradients;
         this includes S_k = 0 and the first rows of causal_lower_right with S_q > S_k.
 
-    On CPU tensors this calls torch's function where torch runs its flash kernel, and our own code where torch would hold the S_q × S_k
+    On CPU tensors (but DTensors, for whose backward torch has no rule) this calls torch's function where torch runs its flash kernel, and our own code where torch would hold the S_q × S_k
     matrix: dropout (whose mask is then ours, not torch's), D_v ≠ D, a mask that needs a gradient. Leading dims are first folded to two,
     so that inputs of three and five dims take the same way.
 
@@ -110,7 +110,7 @@ def scaled_dot_product_attention(
 
     if runs_kernels(query):
         _check_kernel_limits(query, value)
-    elif _torch_computes(query, key, value, attn_mask, dropout_p, lower_right):
+    elif type(query) not in seed_of and _torch_computes(query, key, value, attn_mask, dropout_p, lower_right):
         out = F.scaled_dot_product_attention(
             query,
             key,
