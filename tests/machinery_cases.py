@@ -13,7 +13,7 @@ from fastattn.flash_attn import flash_attn_func
 
 
 class Case(NamedTuple):
-    """make(n): tensors of n tokens, sequences or rows. cast: those that autocast casts. loss: the result is float32 there."""
+    """make(n): tensors of n tokens or rows, or of n sequences of n + 1 tokens. cast: those that autocast casts. loss: the result is float32 there."""
 
     op: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[[int], dict[str, Tensor]]
@@ -22,11 +22,11 @@ class Case(NamedTuple):
 
 
 def _qkv(n: int) -> dict[str, Tensor]:
-    return {"q": torch.randn(2, n, 4, 8), "k": torch.randn(2, n, 2, 8), "v": torch.randn(2, n, 2, 8)}
+    return {"q": torch.randn(n, n + 1, 4, 8), "k": torch.randn(n, n + 1, 2, 8), "v": torch.randn(n, n + 1, 2, 8)}
 
 
 def _bhsd(n: int) -> dict[str, Tensor]:
-    return dict(zip(("query", "key", "value"), torch.randn(3, 2, 4, n, 8).unbind()))
+    return dict(zip(("query", "key", "value"), torch.randn(3, n, 4, n + 1, 8).unbind()))
 
 
 def _paged(n: int) -> dict[str, Tensor]:
@@ -69,11 +69,11 @@ def _there_and_back(x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
 
 
 def _norm(**more: tuple[int, ...]) -> Callable[[int], dict[str, Tensor]]:
-    return lambda n: {"x": torch.randn(2, n, 12), **{name: torch.randn(shape) for name, shape in more.items()}}
+    return lambda n: {"x": torch.randn(n, n + 1, 12), **{name: torch.randn(shape) for name, shape in more.items()}}
 
 
 def _added(n: int) -> dict[str, Tensor]:
-    return {"x": torch.randn(2, n, 12), "residual": torch.randn(2, n, 12), "weight": torch.randn(12)}
+    return {"x": torch.randn(n, n + 1, 12), "residual": torch.randn(n, n + 1, 12), "weight": torch.randn(12)}
 
 
 QKV = ("q", "k", "v")
@@ -86,7 +86,7 @@ CASES: dict[str, Case] = {
     "paged_attention": Case(fastattn.paged_attention, _paged),
     "cascade_attention": Case(_cascade, _paged),
     "append_paged_kv": Case(_appended, _append),
-    "merge_attention": Case(fastattn.merge_attention, lambda n: {"outs": torch.randn(3, 2, n, 4, 8), "lses": torch.randn(3, 2, 4, n)}),
+    "merge_attention": Case(fastattn.merge_attention, lambda n: {"outs": torch.randn(3, n, n + 1, 4, 8), "lses": torch.randn(3, n, 4, n + 1)}),
     "softmax": Case(fastattn.softmax, _norm()),
     "layer_norm": Case(lambda **t: fastattn.layer_norm(**t, normalized_shape=12), _norm(weight=(12,), bias=(12,))),
     "rms_norm": Case(lambda **t: fastattn.rms_norm(**t, normalized_shape=12), _norm(weight=(12,))),
@@ -94,10 +94,10 @@ CASES: dict[str, Case] = {
     "add_rms_norm": Case(lambda **t: fastattn.add_rms_norm(**t, normalized_shape=12), _added),
     "apply_rotary": Case(
         fastattn.apply_rotary,
-        lambda n: {"q": torch.randn(2, n, 4, 8), "k": torch.randn(2, n, 2, 8), "cos": torch.rand(9, 4), "sin": torch.rand(9, 4)},
+        lambda n: {"q": torch.randn(n, n + 1, 4, 8), "k": torch.randn(n, n + 1, 2, 8), "cos": torch.rand(9, 4), "sin": torch.rand(9, 4)},
     ),
-    "swiglu": Case(fastattn.swiglu, lambda n: {"gate": torch.randn(2, n, 6), "up": torch.randn(2, n, 6)}),
-    "geglu": Case(fastattn.geglu, lambda n: {"gate": torch.randn(2, n, 12)}),
+    "swiglu": Case(fastattn.swiglu, lambda n: {"gate": torch.randn(n, n + 1, 6), "up": torch.randn(n, n + 1, 6)}),
+    "geglu": Case(fastattn.geglu, lambda n: {"gate": torch.randn(n, n + 1, 12)}),
     "cross_entropy": Case(fastattn.cross_entropy, lambda n: {"input": torch.randn(n, 11), "target": torch.arange(n) % 11}, loss=True),
     "linear_cross_entropy": Case(
         fastattn.linear_cross_entropy,

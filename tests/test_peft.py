@@ -44,7 +44,9 @@ def batch() -> dict[str, Tensor]:
     ids = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0  # padded on the left
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 4] = -100  # which a padded token would have to predict, that sees nothing here and everything in eager attention
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def adapted(model: nn.Module, **options: object) -> nn.Module:

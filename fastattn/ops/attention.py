@@ -332,11 +332,11 @@ def _check(q, k, v, attn_bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, 
         letters = "(B, H, max_seqlen_q, max_seqlen_k)" if packed else "(B, H, S_q, S_k)"
         checks.check_broadcastable(op, "attn_bias", attn_bias, (batch, heads, *bounds), letters)
     if alibi_slopes is not None:
-        checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), f"(H,) or (B, H) = {(batch, heads)}", q)
+        checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), "(H,) or (B, H) = {}", q)
         if wants_gradient(alibi_slopes):
             checks.reject(op, "alibi_slopes", "not require a gradient (none is computed)", "requires_grad=True")
     if sinks is not None:
-        checks.check_per_head(op, "sinks", sinks, ((heads,),), f"(H,) = ({heads},)", q)
+        checks.check_per_head(op, "sinks", sinks, ((heads,),), "(H,) = {}", q)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

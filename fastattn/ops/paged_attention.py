@@ -203,7 +203,7 @@ def check_paged(
     checks.check_int32(op, "page_table", page_table, (None, None), "(B, max_pages)", q)
     batch, heads, kv_heads = page_table.shape[0], q.shape[-2], k_cache.shape[-2]
     if packed:
-        checks.check_int32(op, "cu_seqlens_q", cu_seqlens_q, (batch + 1,), f"(B + 1,) = ({batch + 1},) to match page_table", q)
+        checks.check_int32(op, "cu_seqlens_q", cu_seqlens_q, (batch + 1,), "(B + 1,) = {} to match page_table", q)
         bound = q.shape[0] if max_seqlen_q is None else checks.integer(op, "max_seqlen_q", max_seqlen_q, "be an int or None")
         if not torch.compiler.is_compiling() and bound < 0:
             checks.reject(op, "max_seqlen_q", "not be negative", bound)
@@ -213,11 +213,11 @@ def check_paged(
         if q.shape[0] != batch:
             checks.reject(op, "page_table", f"have shape (B, max_pages) with B = {q.shape[0]} to match q", checks.shape(page_table))
         bound = q.shape[1]
-    checks.check_int32(op, "seqlens_k", seqlens_k, (batch,), f"(B,) = ({batch},)", q)
-    checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), f"(H,) or (B, H) = {(batch, heads)}", q)
-    checks.check_per_head(op, "sinks", sinks, ((heads,),), f"(H,) = ({heads},)", q)
+    checks.check_int32(op, "seqlens_k", seqlens_k, (batch,), "(B,) = {}", q)
+    checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), "(H,) or (B, H) = {}", q)
+    checks.check_per_head(op, "sinks", sinks, ((heads,),), "(H,) = {}", q)
     for arg, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        checks.check_per_head(op, arg, scale, ((kv_heads,),), f"(H_kv,) = ({kv_heads},)", q)
+        checks.check_per_head(op, arg, scale, ((kv_heads,),), "(H_kv,) = {}", q)
     left, right = checks.check_scores(op, causal, window, softmax_scale, softcap)
     splits = checks.integer(op, "num_splits", num_splits, "be an int")
     if not 0 <= splits <= MAX_SPLITS:
