@@ -55,9 +55,9 @@ def scaled_dot_product_attention(
         (N..., H, S_q, D_v) in query's dtype. A row that may see no key is 0, as torch's own CPU paths have it, and so are its gradients;
         this includes S_k = 0 and the first rows of causal_lower_right with S_q > S_k.
 
-    On CPU tensors (but DTensors, for whose backward torch has no rule) this calls torch's function where torch runs its flash kernel, and our own code where torch would hold the S_q × S_k
-    matrix: dropout (whose mask is then ours, not torch's), D_v ≠ D, a mask that needs a gradient. Leading dims are first folded to two,
-    so that inputs of three and five dims take the same way.
+    On CPU tensors this calls torch's function where torch runs its flash kernel, and our own code where torch would hold the S_q × S_k
+    matrix: dropout (whose mask is then ours, not torch's), D_v ≠ D, a mask that needs a gradient; and for DTensors, for which that kernel's
+    backward has no rule. Leading dims are first folded to two, so that inputs of three and five dims take the same way.
 
     Raises: what torch raises, also where one of its fast paths lets the same mistake through.
         RuntimeError: dtypes, devices, shapes or head counts that do not go together; attn_mask with is_causal=True; dropout_p outside
