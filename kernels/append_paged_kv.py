@@ -45,9 +45,8 @@ def slot_of_token(
 ):
     """(position, page, slot, is_slot) of the new tokens: where in their sequence they are, which page and which of its slots that is, and
     whether the cache has it; those without one get page 0."""
-    in_batch = in_rows & (index >= 0)  # of no sequences, there is no length to read
-    position = tl.load(cache_seqlens_ptr + batch, mask=in_batch, other=0).to(tl.int64) + index
-    is_slot = in_batch & (position >= 0) & (position < capacity)
+    position = tl.load(cache_seqlens_ptr + batch, mask=in_rows, other=0).to(tl.int64) + index
+    is_slot = in_rows & (index >= 0) & (position >= 0) & (position < capacity)
     position = tl.where(is_slot, position, 0).to(tl.int32)  # capacity fits
     entry = batch.to(tl.int64) * stride_page_table + position // page_size
     page = tl.load(page_table_ptr + entry, mask=is_slot, other=-1)
@@ -146,6 +145,7 @@ def _append_paged_kv_kernel(
         x_batch, x_token = batch.to(tl.int64), index.to(tl.int64)
     else:
         batch, index = sequence_of_token(cu_seqlens_ptr, num_seqs, search_steps, token)
+        in_rows = in_rows & (index >= 0)  # of no sequences at all, there is no length to read
         x_batch, x_token = token.to(tl.int64) * 0, token.to(tl.int64)
     position, page, slot, is_slot = slot_of_token(
         page_table_ptr, cache_seqlens_ptr, batch, index, in_rows, num_pages, page_size, capacity, stride_page_table

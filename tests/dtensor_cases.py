@@ -207,20 +207,24 @@ def norms(mesh):
 
 @case
 def flags_are_told_apart(mesh):
-    """DTensor remembers what came of a rule: with and without a weight, a residual, a gradient of the weight."""
-    x, weight = torch.randn(4, 12), torch.randn(12)
-    spread, params = distribute_tensor(x, mesh, [S[0]]), distribute_tensor(weight, mesh, [R])
+    """DTensor remembers what came of a rule: a gradient of the weight or none, the weights of attention kept or not, a plan or none."""
+    rows = {"x": S[0], "residual": S[0]}
     for wanted in (False, True, False):
-        leaf, w = spread.detach().requires_grad_(), params.detach().requires_grad_(wanted)
-        fastattn.rms_norm(leaf, 12, w).sum().backward()
-        assert (w.grad is not None) == wanted and leaf.grad.shape == x.shape
-    gate = torch.randn(4, 6)
-    for activation in (fastattn.swiglu, fastattn.geglu, fastattn.swiglu):
-        equal(activation(distribute_tensor(gate, mesh, [S[0]])).full_tensor(), activation(gate), activation.__name__)
-    y = distribute_tensor(gate, mesh, [S[0]]).requires_grad_()
+        weight = torch.randn(12, requires_grad=wanted)
+        grads = {"x": S[0]} | ({"weight": SUM} if wanted else {})
+        check(mesh, lambda x, weight: fastattn.rms_norm(x, 12, weight), {"x": learn(4, 12), "weight": weight}, rows, [S[0]], grads)
     for keep in (False, True, False):
-        with torch.set_grad_enabled(keep):
-            assert fastattn.attention(*[y.view(2, 2, 2, 3)] * 3).requires_grad == keep
+        tensors = {name: t.detach().requires_grad_(keep) for name, t in qkv().items()}
+        check(mesh, fastattn.attention, tensors, dict.fromkeys("qkv", S[0]), [S[0]], dict.fromkeys("qkv", S[0]))
+    for wanted in (["x"], ["down_proj"], [], ["x"]):
+        tensors = {name: t.detach().requires_grad_(name in wanted) for name, t in mixture(False, False).items()}
+        sharded = {"gate_up_proj": S[1], "down_proj": S[2]}
+        op = lambda **given: fastattn.moe(layout="interleaved", **given)  # noqa: E731
+        check(mesh, op, tensors, sharded, [SUM], {name: sharded.get(name, SUM) for name in wanted})
+    for reduction, loss in (("sum", SUM), ("none", S[0]), ("sum", SUM)):
+        tensors = {"input": learn(4, 7), "target": torch.tensor([3, 1, 0, 5])}
+        op = lambda reduction=reduction, **given: fastattn.cross_entropy(reduction=reduction, **given)  # noqa: E731
+        check(mesh, op, tensors, dict.fromkeys(tensors, S[0]), [loss], {"input": S[0]})
 
 
 @case
