@@ -145,6 +145,7 @@ def _append_paged_kv_kernel(
         x_batch, x_token = batch.to(tl.int64), index.to(tl.int64)
     else:
         batch, index = sequence_of_token(cu_seqlens_ptr, num_seqs, search_steps, token)
+        in_rows = in_rows & (index >= 0)  # of no sequences at all, there is no length to read
         x_batch, x_token = token.to(tl.int64) * 0, token.to(tl.int64)
     position, page, slot, is_slot = slot_of_token(
         page_table_ptr, cache_seqlens_ptr, batch, index, in_rows, num_pages, page_size, capacity, stride_page_table

@@ -327,6 +327,15 @@ def test_the_kernel_stays_in_bounds_whatever_cu_seqlens_hold(ends):
     assert all(cache.isfinite().all() for cache in caches)
 
 
+@pytest.mark.both
+def test_packed_tokens_of_no_sequence():
+    """All of them are past the last one, and there is no length to read."""
+    args = call(lengths=(3,), new=(2,))
+    args |= {"cu_seqlens": ints(0), "cache_seqlens": ints(), "page_table": args["page_table"][:0]}
+    for got, cache in zip(appended(**args), (args["k_cache"], args["v_cache"])):
+        assert torch.equal(got, cache)
+
+
 @pytest.mark.interpret
 def test_the_kernel_leaves_a_key_without_a_table_row_as_it_is():
     from fastattn.kernels.append_paged_kv import append_paged_kv

@@ -24,8 +24,9 @@ def _blocks(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page)], ids=lambda page: page.name)
 def test_python_blocks_run(page):
     code = "\n".join(_blocks(page))
-    if "transformers" in code and importlib.util.find_spec("transformers") is None:
-        pytest.skip("needs transformers")
+    for module in ("transformers", "peft"):
+        if f"import {module}" in code and importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

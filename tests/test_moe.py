@@ -726,6 +726,28 @@ def test_bad_input(change, error, message):
         fastattn.moe(**dict(x=X, top_k_index=IDS, top_k_weights=WEIGHTS, gate_up_proj=UP, down_proj=DOWN) | change)
 
 
+@pytest.mark.both
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(order=torch.tensor([0, 1, 2, 10])), r"plan.order must hold slots in \[0, T·K\) = \[0, 4\), got 10"),
+        (dict(inverse=torch.tensor([0, -1, 2, 3])), r"plan.inverse must hold slots in \[0, T·K\) = \[0, 4\), got -1"),
+        (dict(inverse=torch.tensor([1, 0, 2, 3])), r"plan.inverse must hold the row 0 of slot 0, got 1"),
+        (dict(order=torch.tensor([0, 0, 2, 3])), r"plan.inverse must hold the row 1 of slot 0, got 0"),
+        (dict(offsets=torch.tensor([3, 2, 4], dtype=torch.int32)), r"plan.offsets must not decrease, from 0 to at most 4, got 3 then 2 at index 1"),
+        (dict(offsets=torch.tensor([-1, 2, 4], dtype=torch.int32)), r"plan.offsets must not decrease, .* got 0 then -1 at index 0"),
+        (dict(offsets=torch.tensor([1, 2, 5], dtype=torch.int32)), r"plan.offsets must not decrease, .* got 5 then 4 at index 3"),
+        (dict(ids=torch.tensor([[0, 1], [-2, 2]])), r"top_k_index must hold ids of 0 or more .*, got -2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_plan_that_is_none(change, message):
+    ids = torch.tensor([[0, 1], [1, 2]])
+    plan = fastattn.moe_dispatch(ids, 3)._replace(**{name: t for name, t in change.items() if name != "ids"})
+    with pytest.raises(ValueError, match=f"^moe: {message}"):
+        fastattn.moe(torch.randn(2, 8), change.get("ids", ids), torch.rand(2, 2), torch.randn(3, 12, 8), torch.randn(3, 8, 6), plan=plan)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The operators.
 

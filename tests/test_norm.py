@@ -24,8 +24,9 @@ from op_contract import (
 
 import fastattn
 from fastattn import reference
+from fastattn.ops.attention import draw_seed
 from fastattn.ops.dispatch import INTERPRET
-from fastattn.ops.norm import draw_seed, dropout_keep
+from fastattn.ops.norm import dropout_keep
 
 INF, NAN = float("inf"), float("nan")
 NAMES = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")

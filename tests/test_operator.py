@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -86,6 +88,15 @@ def test_the_profiler_names_operators(x):
         assert "fastattn::softmax_fwd" in {event.key for event in profiler.key_averages()}
 
 
+def test_a_profiler_of_all_threads_names_those_of_others(x):
+    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=config) as profiler:
+        thread = threading.Thread(target=lambda: fastattn.softmax(x, -1))
+        thread.start()
+        thread.join()
+    assert "fastattn::softmax_fwd" in {event.key for event in profiler.key_averages()}
+
+
 def test_tracers_record_operators(x):
     graph = make_fx(lambda t: fastattn.softmax(t, -1))(x)
     assert "softmax_fwd" in graph.code
@@ -104,6 +115,23 @@ def test_negative_views_are_the_dispatchers(x, dispatched):
     view = torch._neg_view(x)
     assert type(view) is torch.Tensor and dispatched(lambda: fastattn.softmax(view, -1))
     torch.testing.assert_close(fastattn.softmax(view, -1), torch.softmax(-x, -1))
+
+
+def test_zeros_without_memory_are_the_dispatchers(dispatched):
+    zeros = torch._efficientzerotensor((3, 17))
+    assert type(zeros) is torch.Tensor and zeros.data_ptr() == 0
+    assert dispatched(lambda: fastattn.softmax(zeros, -1))
+    torch.testing.assert_close(fastattn.softmax(zeros, -1), torch.full((3, 17), 1 / 17))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_what_outlives_a_transform_is_what_it_wraps(x, grad):
+    """A tensor that torch.func.grad has wrapped, of which it has let go."""
+    kept = []
+    torch.func.grad(lambda t: (kept.append(t), t.sum())[1])(x)
+    assert type(kept[0]) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(fastattn.softmax(kept[0], -1), torch.softmax(x, -1))
 
 
 def test_batched_gradients_are_the_dispatchers():

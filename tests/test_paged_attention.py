@@ -429,9 +429,11 @@ def test_errors(error, message, changes):
 
 
 @pytest.mark.both
-def test_a_backward_raises():
-    arguments = arguments_and()
-    arguments["q"].requires_grad_()
+@pytest.mark.parametrize("learnt", ["q", "k_cache", "v_cache", "sinks", "alibi_slopes", "k_scale", "v_scale"])
+def test_a_backward_raises(learnt):
+    """Whichever tensor wants a gradient: none is dropped without a word."""
+    arguments = arguments_and(sinks=torch.zeros(4), alibi_slopes=torch.ones(4), k_scale=torch.ones(2), v_scale=torch.ones(2))
+    arguments[learnt].requires_grad_()
     out = fastattn.paged_attention(**arguments)
     with pytest.raises(NotImplementedError, match="fastattn.paged_attention has no gradient"):
         out.sum().backward()

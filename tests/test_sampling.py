@@ -231,6 +231,18 @@ def test_values_at_the_ends_of_their_ranges():
 
 
 @pytest.mark.both
+@pytest.mark.parametrize("temperature", [1e39, torch.tensor([1e39], dtype=torch.float64)], ids=["number", "of rows"])
+def test_a_temperature_that_float32_does_not_hold(temperature):
+    """As good as uniform over what can be drawn at all."""
+    logits = torch.tensor([[3.0, -INF, 0.0, -INF, -60000.0]])
+    for options, share in ((dict(), 1 / 3), (dict(top_k=2), 0.5), (dict(top_p=0.5), 0.5)):
+        probs = fastattn.sampling_probs(logits, temperature=temperature, **options)
+        kept = probs[probs > 0]
+        assert torch.allclose(kept, torch.full_like(kept, share)) and len(kept) == round(1 / share) and probs[0, 1] == probs[0, 3] == 0
+        assert int(fastattn.sample(logits, temperature=temperature, **options)) in (0, 2, 4)
+
+
+@pytest.mark.both
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_a_common_offset_changes_nothing(offset):
     logits = (64 * torch.randn(1, 500)).round() / 64

@@ -126,5 +126,5 @@ def flash_attn_with_kvcache(
 
 
 def _int32(arg: str, value: Tensor, q: Tensor) -> Tensor:
-    checks.check_int32(OP, arg, value, (q.shape[0],), f"(B,) = ({q.shape[0]},)", q)
+    checks.check_int32(OP, arg, value, (q.shape[0],), "(B,) = {}", q)
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.ops import checks
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -14,7 +15,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     Assign a language model's head to `linear` to train it without ever holding its logits. z_loss, softcap, return_lse and chunk_size
     are linear_cross_entropy's; with return_lse, forward returns (loss, lse).
 
-    Raises: NotImplementedError for out_features (a loss of several dims) and for torch's chunking options.
+    Raises: NotImplementedError for out_features (a loss of several dims) and for torch's chunking options; in a forward TypeError for a
+    `linear` with a forward of its own (an adapter around one, say: merge it first), of which the weight alone would be read.
     """
 
     def __init__(
@@ -49,6 +51,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if type(self.linear).forward is not torch.nn.Linear.forward:
+            got = f"{type(self.linear).__module__}.{type(self.linear).__qualname__}"
+            checks.reject("LinearCrossEntropyLoss", "linear", "have torch.nn.Linear's forward, as its weight is read", got, TypeError)
         return linear_cross_entropy(
             input, self.linear.weight, target, linear_bias=self.linear.bias, weight=self.weight, ignore_index=self.ignore_index,
             reduction=self.reduction, label_smoothing=self.label_smoothing, z_loss=self.z_loss, softcap=self.softcap,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -220,6 +221,15 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
+# What draws the seed for a tensor of a subclass, by its type: fastattn.integrations.dtensor has each shard draw its own.
+seed_of: dict[type, Callable[[Tensor], Tensor]] = {}
+
+
+def draw_seed_for(t: Tensor) -> Tensor:
+    """`draw_seed` where t is."""
+    return seed_of[type(t)](t) if type(t) in seed_of else draw_seed(t.device)
+
+
 def dropout_keep(
     seed: Tensor, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float
 ) -> Tensor:
@@ -267,7 +277,7 @@ def attend(
     lengths = cu_seqlens_q, max_seqlen_q, max_seqlen_k
     options = _options(q, k, *lengths, window_left, window_right, softmax_scale, softcap, dropout_p)
     if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = draw_seed(q.device)
+        dropout_seed = draw_seed_for(q)
     tensors = q, k, v, attn_bias, alibi_slopes, sinks, dropout_seed, cu_seqlens_q, cu_seqlens_k
     keep_weights = wants_gradient(*tensors) and _keeps_weights(tensors, options)
     out, lse, _ = apply("attention", _Attention, *tensors, options, lse_used, keep_weights)
@@ -380,11 +390,11 @@ def check_attention(
         letters = "(B, H, max_seqlen_q, max_seqlen_k)" if packed else "(B, H, S_q, S_k)"
         checks.check_broadcastable(op, "attn_bias", attn_bias, (batch, heads, *bounds), letters)
     if alibi_slopes is not None:
-        checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), f"(H,) or (B, H) = {(batch, heads)}", q)
+        checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), "(H,) or (B, H) = {}", q)
         if wants_gradient(alibi_slopes):
             checks.reject(op, "alibi_slopes", "not require a gradient (none is computed)", "requires_grad=True")
     if sinks is not None:
-        checks.check_per_head(op, "sinks", sinks, ((heads,),), f"(H,) = ({heads},)", q)
+        checks.check_per_head(op, "sinks", sinks, ((heads,),), "(H,) = {}", q)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

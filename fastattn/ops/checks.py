@@ -219,23 +219,24 @@ def autocasts_to_float32(value: torch.Tensor) -> bool:
 def check_int32(
     op: str, arg: str, value: torch.Tensor, dims: Sequence[int | None], letters: str, q: torch.Tensor, owner: str = "q's"
 ) -> None:
-    """An int32 tensor of that shape, None for any size, on q's device; owner as in `check_like`."""
+    """An int32 tensor of that shape, None for any size, on q's device; owner as in `check_like`. letters may have a {} for dims: filled in
+    beforehand, it would make a number of a compiler's symbol, and a graph for each."""
     check_tensor(op, arg, value)
     if value.dtype != torch.int32:
         reject(op, arg, "be an int32 tensor", value.dtype, TypeError)
     check_like(op, arg, value, q, dtype=False, owner=owner)
     if value.dim() != len(dims) or any(dim not in (None, size) for dim, size in zip(dims, value.shape, strict=True)):
-        reject(op, arg, f"have shape {letters}", shape(value))
+        reject(op, arg, f"have shape {letters.format(tuple(dims))}", shape(value))
 
 
 def check_per_head(
     op: str, arg: str, value: torch.Tensor | None, allowed: Sequence[tuple[int, ...]], letters: str, q: torch.Tensor
 ) -> None:
-    """None, or a float tensor of one of these shapes on q's device."""
+    """None, or a float tensor of one of these shapes on q's device; letters as in `check_int32`, of the last one."""
     if value is None:
         return
     check_tensor(op, arg, value)
     check_float(op, arg, value)
     check_like(op, arg, value, q, dtype=False)
     if not any(shape(value) == dims for dims in allowed):  # `in` takes a compiler's symbolic size for another
-        reject(op, arg, f"have shape {letters}", shape(value))
+        reject(op, arg, f"have shape {letters.format(allowed[-1])}", shape(value))

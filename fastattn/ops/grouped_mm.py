@@ -198,7 +198,7 @@ def grouped_mm(
         checks.reject(op, "w", f"have shape (E, N, K) with x's K = {x.shape[1]}", checks.shape(w))
     if num_groups > MAX_GROUPS:
         checks.reject(op, "w", f"have at most {MAX_GROUPS} groups", checks.shape(w))
-    checks.check_int32(op, "offsets", offsets, [num_groups], f"(E,) = ({num_groups},)", x, "x's")
+    checks.check_int32(op, "offsets", offsets, [num_groups], "(E,) = {}", x, "x's")
     check_bias(op, "bias", bias, x, (num_groups, num_cols), "(E, N)")
     _check_row_numbers(op, "gather", gather, x)
     _check_row_numbers(op, "scatter", scatter, x)

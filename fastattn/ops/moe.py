@@ -17,10 +17,10 @@ from torch.utils.flop_counter import register_flop_formula
 from fastattn.cpu import moe as cpu
 
 from . import checks
-from .dispatch import describe, log, runs_kernels
+from .dispatch import checks_values, describe, log, runs_kernels
 from .grouped_mm import check_bias, check_matrices
-from .moe_routing import MAX_EXPERTS, MoEPlan, check_ids, check_plan, moe_dispatch
-from .operator import apply, autocast, define, differentiable, once, operators, wants_gradient
+from .moe_routing import MAX_EXPERTS, MoEPlan, check_id_values, check_ids, check_plan, check_plan_values, moe_dispatch
+from .operator import apply, autocast, define, differentiable, is_watched, once, operators, wants_gradient
 
 ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 LAYOUTS = ("concatenated", "interleaved")
@@ -39,6 +39,8 @@ def _implementation(t: Tensor):
 def _moe_fwd(x, order, inverse, offsets, weights, gate_up_proj, down_proj, *rest):
     if log.isEnabledFor(logging.INFO):
         log.info("moe_fwd: x %s weights %s gate_up_proj %s", *map(describe, (x, weights, gate_up_proj)))
+    if checks_values(x):
+        check_plan_values("moe", order, inverse, offsets)
     return _implementation(x).moe_fwd(x, order, inverse, offsets, weights, gate_up_proj, down_proj, *rest)
 
 
@@ -148,7 +150,8 @@ def moe(
     Args:
         x: (T, H), any T and H; float16, bfloat16 or float32. Any strides with a contiguous last dim; others cost a copy.
         top_k_index: (T, K) int32 or int64: `moe_route`'s indices. A token may name an expert twice. Ids of E or more are nobody's (experts
-            of other ranks) and add nothing. Negative ids are refused where they lie on the CPU; on CUDA they are nobody's too.
+            of other ranks) and add nothing. Negative ids are refused where they lie on the CPU, and so is a plan that is none; on CUDA
+            they are nobody's too.
         top_k_weights: (T, K): `moe_route`'s weights; float16, bfloat16 or float32, read as fp32.
         gate_up_proj: (E, 2·I, H), x's dtype; E up to 512. Its rows are [gate; up], or with layout="interleaved" gate and up in turns.
         down_proj: (E, H, I), x's dtype.
@@ -220,6 +223,8 @@ def moe(
         sizes = plan[0].shape[0], plan[2].shape[0]
         if sizes != (top_k_index.numel(), num_experts):
             checks.reject(op, "plan", f"be of {top_k_index.numel()} slots and {num_experts} experts", f"{sizes[0]} and {sizes[1]}")
+        if type(top_k_index) is Tensor and not is_watched():  # no operator reads them here, such as moe_dispatch is
+            check_id_values(op, top_k_index, "top_k_index")
     tensors = x, top_k_weights.float(), gate_up_proj, down_proj, gate_up_bias, down_bias
     out, _ = apply(op, _MoE, *tensors, *plan, activation, layout, bool(transposed), wants_gradient(*tensors))
     return out

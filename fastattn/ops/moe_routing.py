@@ -76,7 +76,7 @@ def _moe_route_dispatch(
 def _moe_dispatch(indices: Tensor, num_experts: int, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if log.isEnabledFor(logging.INFO):
         log.info("moe_dispatch: indices %s num_experts=%d", describe(indices), num_experts)
-    _check_id_values("moe_dispatch", indices)
+    check_id_values("moe_dispatch", indices)
     if runs_kernels(indices) and chooses_cuda("moe_dispatch", backend, True, cuda.limit, indices, indices.numel()):
         return cuda.moe_dispatch(indices, num_experts)
     return _implementation(indices).moe_dispatch(indices, num_experts)
@@ -85,7 +85,7 @@ def _moe_dispatch(indices: Tensor, num_experts: int, backend: str | None = None)
 def _moe_expert_counts(indices: Tensor, num_experts: int) -> Tensor:
     if log.isEnabledFor(logging.INFO):
         log.info("moe_expert_counts: indices %s num_experts=%d", describe(indices), num_experts)
-    _check_id_values("moe_expert_counts", indices)
+    check_id_values("moe_expert_counts", indices)
     return _implementation(indices).moe_expert_counts(indices, num_experts)
 
 
@@ -258,10 +258,10 @@ def _check_indices(op: str, indices: Tensor, num_experts: object) -> int:
     return _between(op, "num_experts", num_experts, 1, MAX_EXPERTS)
 
 
-def _check_id_values(op: str, indices: Tensor) -> None:
+def check_id_values(op: str, ids: Tensor, arg: str = "indices") -> None:
     """Read the ids (this synchronises on CUDA): none is negative."""
-    if checks_values(indices) and indices.numel() and (least := indices.min().item()) < 0:
-        checks.reject(op, "indices", "hold ids of 0 or more (those of num_experts or more are nobody's)", least)
+    if checks_values(ids) and ids.numel() and (least := ids.min().item()) < 0:
+        checks.reject(op, arg, "hold ids of 0 or more (those of num_experts or more are nobody's)", least)
 
 
 def check_plan(op: str, plan: MoEPlan, arg: str, t: Tensor) -> None:
@@ -279,6 +279,23 @@ def check_plan(op: str, plan: MoEPlan, arg: str, t: Tensor) -> None:
         checks.reject(op, "plan.inverse", f"have plan.order's shape {checks.shape(plan[0])}", checks.shape(plan[1]))
     if plan[2].shape[0] < 1:
         checks.reject(op, "plan.offsets", "have shape (E,)", checks.shape(plan[2]))
+
+
+def check_plan_values(op: str, order: Tensor, inverse: Tensor, offsets: Tensor) -> None:
+    """Read a plan (this synchronises on CUDA): order and inverse undo each other, and experts' ends do not decrease."""
+    num_slots = order.shape[0]
+    for name, rows in (("order", order), ("inverse", inverse)):
+        wrong = (rows < 0) | (rows >= num_slots)
+        if bool(wrong.any()):
+            checks.reject(op, f"plan.{name}", f"hold slots in [0, T·K) = [0, {num_slots})", int(rows[wrong][0]))
+    wrong = (inverse[order] != torch.arange(num_slots, device=order.device)).nonzero()
+    if wrong.numel():
+        row = int(wrong[0])
+        checks.reject(op, "plan.inverse", f"hold the row {row} of slot {int(order[row])}", int(inverse[order[row]]))
+    ends = [0, *offsets.tolist(), num_slots]
+    for expert, (start, end) in enumerate(zip(ends, ends[1:])):
+        if end < start:
+            checks.reject(op, "plan.offsets", f"not decrease, from 0 to at most {num_slots}", f"{start} then {end} at index {expert}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from fastattn.cpu import norm as cpu
 from fastattn.cuda import norm as cuda
 
 from . import checks
-from .attention import draw_seed
+from .attention import draw_seed_for
 from .dispatch import chooses_cuda, describe, log, runs_kernels
 from .operator import apply, define, differentiable, once, operators
 
@@ -35,24 +35,31 @@ def _norm_fwd(
     if log.isEnabledFor(logging.INFO):
         log.info("norm_fwd: x %s residual %s, by %s", describe(x), describe(residual), norm_fwd.__module__)
     y, h, stats = norm_fwd(x, residual, weight, bias, seed, eps, p, offset, subtract_mean, cast_before_weight, dtype)
+    if x.dim() != 2:  # by x's dims, so that what shards one of them shards its statistics
+        stats = stats.view(stats.shape[0], *x.shape[:-1])
     return y, x.new_empty(0) if h is None else h, stats  # a schema has no optional results
 
 
-def _norm_bwd(dy: Tensor, dh: Tensor | None, h: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _norm_bwd(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight, bias, seed, stats: Tensor, *options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if log.isEnabledFor(logging.INFO):
         log.info("norm_bwd: h %s", describe(h))
     if runs_kernels(h):
         from fastattn.kernels.norm_bwd import norm_bwd
     else:
         norm_bwd = cpu.norm_bwd
-    return tuple(h.new_empty(0) if grad is None else grad for grad in norm_bwd(dy, dh, h, *args))
+    if h.dim() != 2:
+        stats = stats.reshape(stats.shape[0], h.shape[:-1].numel())
+    grads = norm_bwd(dy, dh, h, weight, bias, seed, stats, *options)
+    return tuple(h.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _norm_fwd_fake(x, residual, weight, bias, seed, eps, p, offset, subtract_mean, cast_before_weight, dtype, backend=None):
     return (
         x.new_empty(x.shape, dtype=dtype),
         x.new_empty(0) if residual is None else residual.new_empty(residual.shape),
-        x.new_empty((1 + subtract_mean, x.shape[:-1].numel()), dtype=torch.float32),
+        x.new_empty((1 + subtract_mean, *x.shape[:-1]), dtype=torch.float32),
     )
 
 
@@ -108,7 +115,7 @@ class _Norm(torch.autograd.Function):
             dh = None  # of an empty h, a compiler may have made one
         weight_grad, bias_grad = (wanted and dy is not None for wanted in ctx.needs_input_grad[3:5])
         if dy is None:  # the new residual alone was used
-            dy = torch.zeros((), dtype=ctx.dtype, device=h.device).expand(h.shape)
+            dy = h.new_zeros((), dtype=ctx.dtype).expand(h.shape)
         dx, dresidual, dweight, dbias = torch.ops.fastattn.norm_bwd(
             dy, dh, h, weight, bias, seed, stats, *ctx.options, ctx.add, ctx.dtype, weight_grad, bias_grad
         )
@@ -182,7 +189,7 @@ def _normalise(
     shape = x.shape
     if len(sizes) > 1:
         x, residual, weight, bias = (t if t is None else t.flatten(-len(sizes)) for t in (x, residual, weight, bias))
-    seed = draw_seed(x.device) if dropout_p > 0.0 else None
+    seed = draw_seed_for(x) if dropout_p > 0.0 else None
     options = float(dropout_p), float(weight_offset), subtract_mean, bool(cast_before_weight)
     y, h, _ = apply(op, _Norm, op, x, residual, weight, bias, seed, float(eps), options, dtype, backend)
     return (y, h) if len(sizes) == 1 else (y.view(shape), h if residual is None else h.view(shape))

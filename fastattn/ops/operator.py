@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from . import checks
 
@@ -55,12 +55,13 @@ operators = types.SimpleNamespace()
 
 def _call(operator: torch._ops.OpOverload, on_cpu: Callable, on_cuda: Callable, *args: Any) -> Any:
     """The operator's result."""
-    if not (torch.compiler.is_compiling() or _is_watched()):
+    if not is_watched():
         implementation = None
         for arg in args:
             if isinstance(arg, Tensor):
-                # Of these the dispatcher makes plain ones, or a loop over them.
-                if type(arg) not in _PLAIN or arg.is_neg() or torch._C._functorch.is_legacy_batchedtensor(arg):
+                # Of these the dispatcher makes plain ones, or a loop over them: views of −x, zeros without memory, and what wraps a tensor
+                # up, be it for the older vmap or for a transform that it has outlived.
+                if type(arg) not in _PLAIN or arg.is_neg() or arg._is_zerotensor() or not torch._C._has_storage(arg):
                     break
                 implementation = implementation or (on_cuda if arg.is_cuda else on_cpu if arg.is_cpu else operator)
         else:
@@ -69,12 +70,14 @@ def _call(operator: torch._ops.OpOverload, on_cpu: Callable, on_cuda: Callable, 
     return operator(*args)
 
 
-def _is_watched() -> bool:
-    """Whether modes, transforms, a tracer or a profiler are to see operators."""
+def is_watched() -> bool:
+    """Whether a compiler, modes, transforms, a tracer or a profiler (of all threads, too) are to see operators."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or profiler._is_profiler_enabled
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
     )

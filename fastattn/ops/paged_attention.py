@@ -82,8 +82,12 @@ class _PagedAttention(torch.autograd.Function):
     """Without a derivative, and saying so: a cache holds keys and values apart from the graph that made them."""
 
     @staticmethod
-    def forward(q, k_cache, v_cache, page_table, seqlens_k, tensors, options):
-        return operators.paged_attention(q, k_cache, v_cache, page_table, seqlens_k, *tensors, *options)
+    def forward(
+        q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad, options
+    ):
+        return operators.paged_attention(
+            q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad, *options
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -199,7 +203,7 @@ def check_paged(
     checks.check_int32(op, "page_table", page_table, (None, None), "(B, max_pages)", q)
     batch, heads, kv_heads = page_table.shape[0], q.shape[-2], k_cache.shape[-2]
     if packed:
-        checks.check_int32(op, "cu_seqlens_q", cu_seqlens_q, (batch + 1,), f"(B + 1,) = ({batch + 1},) to match page_table", q)
+        checks.check_int32(op, "cu_seqlens_q", cu_seqlens_q, (batch + 1,), "(B + 1,) = {} to match page_table", q)
         bound = q.shape[0] if max_seqlen_q is None else checks.integer(op, "max_seqlen_q", max_seqlen_q, "be an int or None")
         if not torch.compiler.is_compiling() and bound < 0:
             checks.reject(op, "max_seqlen_q", "not be negative", bound)
@@ -209,11 +213,11 @@ def check_paged(
         if q.shape[0] != batch:
             checks.reject(op, "page_table", f"have shape (B, max_pages) with B = {q.shape[0]} to match q", checks.shape(page_table))
         bound = q.shape[1]
-    checks.check_int32(op, "seqlens_k", seqlens_k, (batch,), f"(B,) = ({batch},)", q)
-    checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), f"(H,) or (B, H) = {(batch, heads)}", q)
-    checks.check_per_head(op, "sinks", sinks, ((heads,),), f"(H,) = ({heads},)", q)
+    checks.check_int32(op, "seqlens_k", seqlens_k, (batch,), "(B,) = {}", q)
+    checks.check_per_head(op, "alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), "(H,) or (B, H) = {}", q)
+    checks.check_per_head(op, "sinks", sinks, ((heads,),), "(H,) = {}", q)
     for arg, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        checks.check_per_head(op, arg, scale, ((kv_heads,),), f"(H_kv,) = ({kv_heads},)", q)
+        checks.check_per_head(op, arg, scale, ((kv_heads,),), "(H_kv,) = {}", q)
     left, right = checks.check_scores(op, causal, window, softmax_scale, softcap)
     splits = checks.integer(op, "num_splits", num_splits, "be an int")
     if not 0 <= splits <= MAX_SPLITS:
@@ -236,6 +240,14 @@ def as_cache(k: Tensor, v: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_k: in
     return k[:, None], v[:, None], cu_seqlens_k[:-1, None] + places
 
 
+def _autocast(q: Tensor, k_cache: Tensor) -> Tensor:
+    """q as an autocast region has it: in the dtype of the caches, which are not copied, or over quantised ones in the region's."""
+    device = q.device.type
+    if q.is_meta or not torch.is_autocast_enabled(device) or q.dtype not in checks.FLOAT_DTYPES:
+        return q
+    return q.to(k_cache.dtype if k_cache.dtype in checks.FLOAT_DTYPES else torch.get_autocast_dtype(device))
+
+
 def attend_paged(
     q, k_cache, v_cache, page_table, seqlens_k, *, cu_seqlens_q=None, alibi_slopes=None, sinks=None, k_scale=None, v_scale=None,
     leftpad=None, max_seqlen_q=None, window_left=None, window_right=None, softmax_scale=None, softcap=0.0, num_splits=0, backend=None,
@@ -249,7 +261,7 @@ def attend_paged(
         max_seqlen_q = q.shape[0 if cu_seqlens_q is not None else 1]
     tensors = cu_seqlens_q, alibi_slopes, sinks, k_scale, v_scale, leftpad
     options = max_seqlen_q, window_left, window_right, softmax_scale, float(softcap), int(num_splits), backend
-    return apply(OP, _PagedAttention, q, k_cache, v_cache, page_table, seqlens_k, tensors, options)
+    return apply(OP, _PagedAttention, q, k_cache, v_cache, page_table, seqlens_k, *tensors, options)
 
 
 def paged_attention(
@@ -303,8 +315,9 @@ def paged_attention(
         lse (with return_lse): natural logarithm, float32, (B, H, S_q) or (H, T); −inf for a query that sees no key (the sink's logit with
             sinks).
 
-    There is no gradient: a backward raises. Values of page_table, seqlens_k and cu_seqlens_q are checked on the CPU, and on CUDA only
-    under FASTATTN_CHECK=1 (it synchronises); unchecked, lengths are clamped to the table and keys of a page out of range are masked.
+    There is no gradient: a backward raises. Under autocast q is cast to the caches' dtype, over quantised caches to the region's. Values of
+    page_table, seqlens_k and cu_seqlens_q are checked on the CPU, and on CUDA only under FASTATTN_CHECK=1 (it synchronises); unchecked,
+    lengths are clamped to the table and keys of a page out of range are masked.
 
     Raises:
         TypeError: a dtype or type that is not as above. ValueError: anything else. NotImplementedError: a backward; backend="cuda"
@@ -319,6 +332,8 @@ def paged_attention(
         >>> seqlens_k = torch.tensor([40, 9], dtype=torch.int32)
         >>> out = fastattn.paged_attention(torch.randn(2, 1, 32, 64), k_cache, v_cache, page_table, seqlens_k)
     """
+    if isinstance(q, Tensor) and isinstance(k_cache, Tensor):
+        q = _autocast(q, k_cache)
     max_seqlen_q, window_left, window_right = check_paged(
         OP, q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, causal=causal, window=window,
         softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale,

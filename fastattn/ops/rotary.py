@@ -109,8 +109,8 @@ def _check(
         checks.check_like(OP, arg, t, q, dtype=False)
         if t.requires_grad and torch.is_grad_enabled():
             checks.reject(OP, arg, "not require a gradient (none is computed)", "requires_grad=True")
-    shapes = "(S_max, R/2)" if packed else f"(S_max, R/2) or (B, S_max, R/2) with B = {batch} or 1"
     if cos.dim() not in ((2,) if packed else (2, 3)) or (cos.dim() == 3 and cos.shape[0] not in (1, batch)):
+        shapes = "(S_max, R/2)" if packed else f"(S_max, R/2) or (B, S_max, R/2) with B = {batch} or 1"
         checks.reject(OP, "cos", f"have shape {shapes}", checks.shape(cos))
     if not 2 <= 2 * cos.shape[-1] <= head_dim:
         checks.reject(OP, "cos", f"have a last dim R/2 between 1 and D/2 = {head_dim // 2}", cos.shape[-1])

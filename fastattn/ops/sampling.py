@@ -17,7 +17,7 @@ from .dispatch import checks_values, chooses_cuda, describe, log, runs_kernels
 from .operator import define, operators
 
 MAX_COLUMNS = 2**22  # whose weights, in units of 2^-40, 64 bits hold the sum of
-_TINY = torch.finfo(torch.float32).tiny  # a temperature below it is 0
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # a temperature below is 0, above as good as uniform
 
 
 def _parameters(op: str, logits: Tensor, per_row: tuple[Tensor | None, ...], numbers: tuple) -> list[float | Tensor]:
@@ -30,6 +30,8 @@ def _parameters(op: str, logits: Tensor, per_row: tuple[Tensor | None, ...], num
     for arg, values in (("top_p", top_p), ("min_p", min_p)):
         if values is not None and checks_values(values):
             _check_values(op, arg, values, "hold numbers in [0, 1]", (values >= 0) & (values <= 1))
+    if temperature is not None and temperature.dtype == torch.float64:
+        per_row = temperature.clamp(max=_HUGE), *per_row[1:]
     return [number if values is None else values for values, number in zip(per_row, numbers, strict=True)]
 
 
@@ -132,7 +134,7 @@ def _temperature(op: str, value: float) -> float:
     checks.check_number(op, "temperature", value)
     if not 0.0 <= value < math.inf:
         checks.reject(op, "temperature", "be finite and at least 0", value)
-    return 0.0 if value < _TINY else float(value)
+    return 0.0 if value < _TINY else min(float(value), _HUGE)  # −inf over an infinite one would be NaN
 
 
 def _top_k(op: str, value: int) -> int:

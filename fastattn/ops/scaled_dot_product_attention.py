@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import checks
-from .attention import attend
+from .attention import attend, seed_of
 from .dispatch import runs_kernels
 
 _OP = "scaled_dot_product_attention"
@@ -56,8 +56,8 @@ def scaled_dot_product_attention(
         this includes S_k = 0 and the first rows of causal_lower_right with S_q > S_k.
 
     On CPU tensors this calls torch's function where torch runs its flash kernel, and our own code where torch would hold the S_q × S_k
-    matrix: dropout (whose mask is then ours, not torch's), D_v ≠ D, a mask that needs a gradient. Leading dims are first folded to two,
-    so that inputs of three and five dims take the same way.
+    matrix: dropout (whose mask is then ours, not torch's), D_v ≠ D, a mask that needs a gradient; and for DTensors, for which that kernel's
+    backward has no rule. Leading dims are first folded to two, so that inputs of three and five dims take the same way.
 
     Raises: what torch raises, also where one of its fast paths lets the same mistake through.
         RuntimeError: dtypes, devices, shapes or head counts that do not go together; attn_mask with is_causal=True; dropout_p outside
@@ -110,7 +110,7 @@ def scaled_dot_product_attention(
 
     if runs_kernels(query):
         _check_kernel_limits(query, value)
-    elif _torch_computes(query, key, value, attn_mask, dropout_p, lower_right):
+    elif type(query) not in seed_of and _torch_computes(query, key, value, attn_mask, dropout_p, lower_right):
         out = F.scaled_dot_product_attention(
             query,
             key,
