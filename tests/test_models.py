@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -129,16 +130,16 @@ def test_logits_and_gradients_are_those_of_plain_torch(name):
     check_logits_and_gradients(name, make(CONFIGS[name]), torch.randint(61, (2, 14)))
 
 
-def check_logits_and_gradients(name, model, tokens):
-    twin = in_float64(model)
+def check_logits_and_gradients(name, model, tokens, device="cpu"):
+    ours, twin = copy.deepcopy(model).to(device), in_float64(model)
     naive, exact = (plain_head(m, plain_hidden(m, tokens)) for m in (model, twin))
-    check_budget(f"{name} logits", model(tokens), naive, exact)
+    check_budget(f"{name} logits", ours(tokens.to(device)), naive, exact)
     labels = torch.randint(61, tokens.shape).masked_fill(torch.rand(tokens.shape) < 0.3, -100)
-    loss = model.loss(tokens, labels)
+    loss = ours.loss(tokens.to(device), labels.to(device))
     losses = [F.cross_entropy(logits.flatten(0, 1), labels.flatten()) for logits in (naive, exact)]
     check_budget(f"{name} loss", loss, *losses)
     names = [parameter for parameter, _ in model.named_parameters()]
-    grads = [torch.autograd.grad(value, list(m.parameters())) for value, m in ((loss, model), (losses[0], model), (losses[1], twin))]
+    grads = [torch.autograd.grad(value, list(m.parameters())) for value, m in ((loss, ours), (losses[0], model), (losses[1], twin))]
     for parameter, *three in zip(names, *grads):
         check_budget(f"{name} d{parameter}", *three)
 
@@ -148,6 +149,13 @@ def check_logits_and_gradients(name, model, tokens):
 def test_logits_and_gradients_of_the_kernels(name, launches):
     check_logits_and_gradients(name, make(dataclasses.replace(CONFIGS[name], num_layers=1)), torch.randint(61, (1, 7)))
     assert launches.count > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_on_a_gpu(name):
+    check_logits_and_gradients(name, make(CONFIGS[name]), torch.randint(61, (2, 14)), "cuda")
+    check_packed_padded_cached(make(CONFIGS[name]).cuda(), (11, 1, 14))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -166,12 +174,13 @@ def test_packed_is_padded_is_cached_on_the_kernels(launches):
 
 
 def check_packed_padded_cached(model, lengths):
-    sequences = [torch.randint(61, (length,)) for length in lengths]
+    device = model.embedding.weight.device
+    sequences = [torch.randint(61, (length,), device=device) for length in lengths]
     with torch.no_grad():
         alone = torch.cat([model(t[None])[0] for t in sequences])
         padded = model(torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True))
         padded = torch.cat([row[:length] for row, length in zip(padded, lengths)])
-        cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+        cu_seqlens = F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
         packed = model(torch.cat(sequences), cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
         for result in (padded, packed):
             torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-5)
