@@ -131,12 +131,14 @@ def test_transformers_takes_it_for_flash_attention_2(monkeypatch):
     from transformers.utils import import_utils
 
     available = inspect.unwrap(import_utils.is_flash_attn_2_available)
-    mapping = getattr(import_utils, "_package_distribution_mapping", None)  # cached; 5.17 has another
     monkeypatch.setattr(import_utils, "is_torch_cuda_available", lambda: True)
 
     def forget():
-        if mapping is not None:
-            mapping.cache_clear()
+        """The packages that there are: newer versions look once, when they are asked, older ones when they are imported."""
+        if hasattr(import_utils, "_package_distribution_mapping"):
+            import_utils._package_distribution_mapping.cache_clear()
+        else:
+            monkeypatch.setattr(import_utils, "PACKAGE_DISTRIBUTION_MAPPING", importlib.metadata.packages_distributions())
 
     forget()
     assert not available()

@@ -57,7 +57,6 @@ def same_with_gradients(results, expected, inputs):
 SINKS = torch.tensor([0.3, -1.0, 2.0, 0.0])
 
 
-@pytest.mark.both
 def test_v3_dense():
     q, k, v = dense()
     options = dict(softmax_scale=0.4, causal=True, softcap=2.0)
@@ -68,7 +67,6 @@ def test_v3_dense():
     same_with_gradients(results, reference.attention(q, k, v, window=(4, -1), return_lse=True, **options), (q, k, v))
 
 
-@pytest.mark.both
 def test_v3_qkvpacked():
     qkv = torch.randn(2, 6, 3, 4, 8, requires_grad=True)
     expected = reference.attention(*qkv.unbind(2), causal=True, return_lse=True)
@@ -80,7 +78,6 @@ def test_v3_qkvpacked():
         v3.flash_attn_qkvpacked_func(heads)
 
 
-@pytest.mark.both
 @pytest.mark.parametrize("version", [v3, v4], ids=["v3", "v4"])
 def test_varlen(version):
     tensors, lengths = packed()
@@ -115,7 +112,6 @@ def test_used_keys(version):
         (out if version is v3 else out[0]).sum().backward()
 
 
-@pytest.mark.both
 def test_v4_dense_with_sinks():
     q, k, v = dense()
     sinks = SINKS.clone().requires_grad_()

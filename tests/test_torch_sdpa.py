@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import itertools
 import warnings
@@ -354,6 +355,44 @@ def test_cuda_functions_never_sync(monkeypatch):
         torch_sdpa.flash_forward(pq, pk, pv, *lengths, 0.0, True, False, seqused_k=used)
     forward, backward, paged = (sum(part in name for name in launched) for part in ("attention_fwd", "attention_bwd", "paged"))
     assert (forward, paged) == (2, 1) and backward >= 4, launched
+
+
+def one_rank_of_a_ring(rank, world, store):
+    """What torch's context parallelism does on CUDA: its ring over the operators' functions, here on CPU tensors."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention as ring
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    group = torch.distributed.group.WORLD
+    torch.manual_seed(0)
+    shapes = [(2, heads, 16, 8) for heads in (4, 2, 2, 4)]
+    q, k, v, dout = (torch.randn(shape) for shape in shapes)
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    for is_causal, balanced in ((False, False), (True, False), (True, True)):
+        expected = naive(*inputs, is_causal=is_causal, enable_gqa=True)
+        wanted = expected, *torch.autograd.grad(expected, inputs, dout)
+        parts = torch.arange(16).chunk(2 * world)
+        mine = torch.cat([parts[rank], parts[-1 - rank]] if balanced else parts[2 * rank : 2 * rank + 2])
+        ring._cp_options.enable_load_balance = balanced
+        local = dict(zip(("query", "key", "value"), (t[:, :, mine].contiguous() for t in (q, k, v))))
+        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = ring._templated_ring_attention(
+            group, 2, torch_sdpa.sdpa_forward, **local, is_causal=is_causal
+        )
+        grads = ring._templated_ring_attention_backward(
+            group, 2, torch_sdpa.sdpa_backward, dout[:, :, mine].contiguous(), "grad_out", **local, out=out, logsumexp=lse,
+            is_causal=is_causal, cum_seq_q=cum_q, cum_seq_k=cum_k, max_q=max_q, max_k=max_k, dropout_p=0.0, philox_seed=seed,
+            philox_offset=offset, scale=None,
+        )  # fmt: skip
+        for found, whole in zip((out, *grads), wanted):
+            torch.testing.assert_close(found, whole[:, :, mine], rtol=1e-4, atol=1e-5)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.more
+def test_torchs_ring_runs_over_the_functions_for_cuda(tmp_path):
+    if importlib.util.find_spec("torch.distributed.tensor.experimental._context_parallel") is None:
+        pytest.skip("this torch has its ring elsewhere")
+    torch.multiprocessing.spawn(one_rank_of_a_ring, (2, tmp_path / "store"), nprocs=2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
