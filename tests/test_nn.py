@@ -501,5 +501,5 @@ def test_a_block_trains_in_bfloat16_within_its_noise():
 
 @pytest.mark.interpret
 def test_a_block_trains_on_the_kernels():
-    ours, plain = training_losses(False, torch.float32, 4), training_losses(True, torch.float32, 4)
+    ours, plain = training_losses(False, torch.float32, 2), training_losses(True, torch.float32, 2)
     assert (ours - plain).abs().max() < 2e-5

@@ -83,7 +83,7 @@ def test_a_fixed_split_gives_the_same_bits_in_any_company(num_splits):
 
 
 @pytest.mark.both
-@pytest.mark.parametrize("num_splits", [8, 40])
+@pytest.mark.parametrize("num_splits", [8, pytest.param(40, marks=pytest.mark.more)])
 def test_nor_does_the_number_of_rows_change_a_bit(num_splits):
     """With those of 40 sequences, the splits are merged in larger tiles."""
     lengths = torch.full((40,), 253, dtype=torch.int32)
