@@ -27,11 +27,11 @@ def test_cell(family, scenario, route):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("reason", [reason for reason in matrix.WHY_NOT if reason.fails], ids=lambda reason: reason.text.replace(" ", "_"))
+@pytest.mark.parametrize("reason", [reason for reason in matrix.WHY_NOT if reason.fails], ids=lambda reason: reason.text)
 def test_what_is_said_to_fail_does(reason):
     """Otherwise the reason has gone, and its cells may be run."""
     cells = [cell for cell in matrix.cells() if reason.holds(cell) and matrix.why_not(*cell) == reason.text]
-    assert cells, "it holds for no cell"
+    assert cells or not reason.routes & set(matrix.ROUTES), "it holds for no cell"
     for cell in cells:
         with pytest.raises(Exception):  # noqa: B017  (each fails in its own way)
             matrix.run(*cell)

@@ -451,15 +451,15 @@ WHY_NOT: list[Reason] = [
     Reason(SEQ2SEQS, PACKED, ALL, "an encoder and a decoder are packed at different places, and transformers has no names for both"),
     Reason(SEQ2SEQS, {"continuous batching"}, ALL, "transformers batches decoders alone continuously"),
     Reason(set(FAMILIES) - SLIDING, {"sliding cache"}, ALL, "it has no window that a cache could slide with"),
-    Reason(
-        {"t5"}, ALL, FLASH, "flash functions take no position bias: refused by name", fails=True
-    ),
+    Reason({"t5"}, ALL, FLASH, "flash functions take no position bias: refused by name", fails=True),
     Reason({"gpt2"}, ALL, FLASH, "in float32 transformers' flash wrapper fails on layers without an nn.Linear: refused by name", fails=True),
     Reason(ALL, {"compile"}, FLASH, "in float32 transformers' flash wrapper logs a warning, which a graph cannot hold", fails=True),
     Reason(
         ALL, {"continuous batching"}, {"fastattn", "fastattn + patch"},
         "from 5.20 on transformers takes sdpa, paged|eager or a name with flash in it for this", fails=True,
     ),
+    Reason({"gemma2", "gpt_oss"}, ALL, {"torch sdpa"}, "transformers has no sdpa for it: scores are capped, or sinks join them", fails=True),
+    Reason({"bert"}, {"packed by cu_seq_lens"}, {"torch sdpa"}, "transformers' sdpa does not read cu_seq_lens", fails=True),
     Reason({"bert"}, {"packed by position_ids"}, OTHERS, "transformers' bidirectional masks do not look at position_ids, eager's neither", fails=True),
     Reason({"gpt_oss"}, {"packed by position_ids"}, OTHERS, "gpt-oss makes its masks without position_ids, eager's too", fails=True),
 ]  # fmt: skip
