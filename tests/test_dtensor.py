@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +13,14 @@ pytest.importorskip("torch.distributed.tensor.experimental", reason="needs torch
 if not torch.distributed.is_gloo_available():
     pytest.skip("needs gloo", allow_module_level=True)
 
-from two_ranks import load_cases
+from two_ranks import load_cases, main
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> dict[str, str]:
     """What went wrong in each case, on either rank."""
     out = tmp_path_factory.mktemp("dtensor") / "failures.json"
-    program = Path(__file__).with_name("two_ranks.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, str(program), str(out)], env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    main(out)
     return json.loads(out.read_text())
 
 

@@ -61,7 +61,8 @@ def _run(rank: int, folder: str, names: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def main(out: str, *names: str) -> None:
+def main(out: str | Path, *names: str) -> None:
+    """Run the named cases, or all; what failed of each to `out`, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_run, (folder, names), RANKS)
         of_ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(RANKS)]
