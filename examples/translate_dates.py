@@ -7,8 +7,8 @@ Sources are in one of five formats, as people write them, targets are ISO 8601:
 
     "March 7, 2024"  "7 Mar 2024"  "Thursday, 7 March 2024"  "03/07/2024"  "7.3.24"   →   "2024-03-07"
 
-It is teacher-forced: the decoder reads the target's characters and learns, at each, the next one. Questions are answered without the target, by
-its likeliest character at a time. A tenth of all days from 1950 to 2049 is never seen in training, in any format.
+It is teacher-forced: the decoder reads the target's characters and learns, at each, the next one. Questions are answered
+without the target, by the likeliest character after each. A tenth of all days from 1950 to 2049 is never seen in training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from fastattn.models.data import PackedPairs
 from fastattn.models.training import Settings, Trainer
 
 TOKENIZER = ByteTokenizer()
-FORMATS = ("{d:%B} {d.day}, {d.year}", "{d.day} {d:%b} {d.year}", "{d:%A}, {d.day} {d:%B} {d.year}", "{d:%m/%d/%Y}", "{d.day}.{d.month}.{d:%y}")
+FORMATS = (
+    "{d:%B} {d.day}, {d.year}", "{d.day} {d:%b} {d.year}", "{d:%A}, {d.day} {d:%B} {d.year}", "{d:%m/%d/%Y}", "{d.day}.{d.month}.{d:%y}",
+)  # fmt: skip
 
 
 def days(seed: int = 0) -> tuple[list[datetime.date], list[datetime.date]]:
@@ -88,7 +90,7 @@ def train(steps: int, batch_size: int = 64, lr: float = 3e-3, seed: int = 0) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dates", nargs="*", default=["March 7, 2024", "Tuesday, 4 July 2023", "31.12.49", "1 May 1999"])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     options = parser.parse_args()
     if options.steps < 1:
         parser.error("--steps must be 1 or more")

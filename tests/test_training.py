@@ -11,8 +11,6 @@ import random
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +19,6 @@ import torch
 from plain_transformer import PlainTransformer
 from training_cases import BYTES, CONFIGS, SMALL, make_model, text_data, train
 
-from fastattn.cli import main
 from fastattn.models import CheckpointError, Config, Encoder, EncoderDecoder, load
 from fastattn.models.data import MaskedText, PackedPairs
 from fastattn.models.ranks import ranks

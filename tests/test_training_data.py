@@ -9,7 +9,16 @@ import torch
 
 from fastattn.models import ByteTokenizer
 from fastattn.models.data import (
-    IGNORED, Corpus, DataError, MaskedText, PackedPairs, PackedText, generator, read_pairs, read_text, text_files,
+    IGNORED,
+    Corpus,
+    DataError,
+    MaskedText,
+    PackedPairs,
+    PackedText,
+    generator,
+    read_pairs,
+    read_text,
+    text_files,
 )  # fmt: skip
 
 BYTES = ByteTokenizer()

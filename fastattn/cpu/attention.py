@@ -11,6 +11,7 @@ entries exist at a time, and only of keys that some row of the chunk can see.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -277,7 +278,7 @@ def _dense_batches(
     of_queries, of_keys, lses, attn_bias, alibi_slopes, dbias, cu_seqlens_q, cu_seqlens_k, left, right,
     dropout_seed, dropout_p,
 ) -> Iterator[tuple]:  # fmt: skip
-    """The call as dense batches, one, or one a packed sequence: views of the tensors, mask, dbias' part, dropout."""
+    """The call as dense batches, one, or one a run of packed sequences of equal lengths: views of the tensors, mask, dbias, dropout."""
     bias, dbias = _four_dims(attn_bias), _four_dims(dbias)
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(-1, alibi_slopes.shape[-1])
     seed = int(dropout_seed) if dropout_p > 0 else 0
@@ -289,18 +290,21 @@ def _dense_batches(
         yield of_queries, of_keys, lses, mask, dbias, _Dropout(dropout_p, seed, 0)
         return
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for b in range(len(starts_q) - 1):
-        rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
-        seqlen_q, seqlen_k = rows.stop - rows.start, keys.stop - keys.start
-        place = slice(b, b + 1), slice(None), slice(seqlen_q), slice(seqlen_k)
+    lengths = [(b - a, d - c) for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:])]
+    b = 0
+    for (seqlen_q, seqlen_k), run in itertools.groupby(lengths):
+        end = b + len(list(run))
+        rows, keys = slice(starts_q[b], starts_q[end]), slice(starts_k[b], starts_k[end])
+        place = slice(b, end), slice(None), slice(seqlen_q), slice(seqlen_k)
         yield (
-            [t[None, rows] for t in of_queries],
-            [t[None, keys] for t in of_keys],
-            [t[None, :, rows] for t in lses],
+            [t[rows].unflatten(0, (end - b, seqlen_q)) for t in of_queries],
+            [t[keys].unflatten(0, (end - b, seqlen_k)) for t in of_keys],
+            [t[:, rows].unflatten(1, (end - b, seqlen_q)).transpose(0, 1) for t in lses],
             _mask(_part(bias, *place), _part(slopes, *place), left, right, seqlen_q, seqlen_k),
             _part(dbias, *place),
             _Dropout(dropout_p, seed, b),
         )
+        b = end
 
 
 def _mask(bias, slopes, left: int | None, right: int | None, seqlen_q: int, seqlen_k: int) -> _Mask:

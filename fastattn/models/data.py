@@ -334,6 +334,7 @@ class PackedPairs:
         count = len(self.pairs)
         order = torch.randperm(count, generator=generator(self.seed, epoch)) if self.shuffle else torch.arange(count)
         pairs = [self.pairs[i] for i in order[index * self.batch_size : (index + 1) * self.batch_size].tolist()]
+        pairs.sort(key=lambda pair: (len(pair[0]), len(pair[1])))  # the CPU attends to sequences of equal lengths at once
         source, cu_seqlens_source = pack([source for source, _ in pairs])
         target, cu_seqlens_target = pack([[self.bos_id, *target] for _, target in pairs])
         labels, _ = pack([[*target, self.eos_id] for _, target in pairs])
