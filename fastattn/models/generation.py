@@ -175,6 +175,9 @@ class Generation(Iterator[Event]):
         eos = getattr(tokenizer, "eos_id", None)
         given = ([] if eos is None else [eos]) if options.stop_tokens is None else options.stop_tokens
         self.stop_tokens = frozenset(given)
+        if wrong := [token for token in given if not 0 <= token < model.config.vocab_size]:
+            raise ValueError(f"generate: stop_tokens must hold ids in [0, {model.config.vocab_size}), the model's, got {wrong[0]}")
+        cuda_graphs = options.cuda_graphs and self.device.type == "cuda"
         seed = torch.randint(2**62, ()).item() if options.seed is None else options.seed
         requests = [self._request(index, prompt, seed) for index, prompt in enumerate(prompts)]
         num_pages = options.num_pages or self._enough_pages(requests)
@@ -188,9 +191,9 @@ class Generation(Iterator[Event]):
         if options.draft is not None:
             self.drafter = Drafter(
                 options.draft, num_pages, options.page_size, num_draft=options.draft_tokens, chunk=options.chunk,
-                processor=self.processor, sampling=options.sampling,
+                cuda_graphs=cuda_graphs, processor=self.processor, sampling=options.sampling,
             )  # fmt: skip
-        self.graphs = DecodeGraphs(model, self.cache) if options.cuda_graphs and self.device.type == "cuda" else None
+        self.graphs = DecodeGraphs(model, self.cache) if cuda_graphs else None
         self.statistics = Statistics(num_pages)
         self._events = self._run()
 
