@@ -23,8 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn.cli import main
 from fastattn.models import ByteTokenizer, Config, Encoder, Transformer, generate, save, stream
-from fastattn.models.generation import NoDistribution
-from fastattn.models.logits import LogitsProcessor
+from fastattn.models.logits import LogitsProcessor, NoDistribution
 from fastattn.models.speculative import accept
 from fastattn.models.text import StopStrings
 from fastattn.page_pool import OutOfPages
@@ -328,7 +327,7 @@ def test_greedy_leaves_torchs_generator_alone(llama):
 
 def test_repetition_penalty_and_minimum_length_by_hand():
     """As transformers' processors, of requests that come, go and come again, in a table of two rows."""
-    processor = LogitsProcessor(repetition_penalty=2.0, min_new_tokens=2, stop_tokens=[6], max_requests=2, vocab_size=7, device=torch.device("cpu"))
+    processor = LogitsProcessor(repetition_penalty=2.0, min_new_tokens=2, stop_tokens=frozenset([6]), max_requests=2, vocab_size=7, device=torch.device("cpu"))
     requests = [Request(index=i, tokens=list(tokens), prompt_length=1, id=i) for i, tokens in enumerate(((0, 3, 5), (1,), (2, 2, 4)))]
 
     def expected(logits, request, more):
@@ -464,16 +463,19 @@ def test_errors(llama, writer):
     assert generate(llama, []) == []
 
 
-@pytest.mark.parametrize("options", [{}, dict(temperature=1.0), dict(draft=True, temperature=1.0)], ids=str)
-def test_logits_of_nothing_are_told(options):
-    model = make(CONFIGS["llama"])
-    options = options | (dict(draft=make(CONFIGS["llama"])) if "draft" in options else {})
-    generation = stream(model, [[5]], max_new_tokens=4, **options)
+@pytest.mark.parametrize("broken", ["model", "judge", "draft"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_of_nothing_are_told(broken, temperature):
+    model, draft = make(CONFIGS["llama"]), make(CONFIGS["llama"])
+    generation = stream(model, [[5], [6]], max_new_tokens=8, temperature=temperature, draft=None if broken == "model" else draft)
+    next(generation)
     next(generation)
     with torch.no_grad():
-        model.norm.weight[0] = torch.nan
-    with pytest.raises(NoDistribution, match="generate: the model's logits for prompt 0 hold NaN"):
+        (draft if broken == "draft" else model).norm.weight[0] = torch.nan
+    whose = "draft" if broken == "draft" else "model"
+    with pytest.raises(NoDistribution, match=f"generate: the {whose}'s logits for prompt 0 hold NaN"):
         list(generation)
+    assert generation.cache.num_free == generation.cache.num_pages
 
 
 def test_statistics(llama):
@@ -568,9 +570,10 @@ def test_what_cannot_be_done_is_said_in_a_line(folder, llama, tmp_path, capsys):
         assert command(*arguments) == status, arguments
         printed = capsys.readouterr()
         assert printed.err.startswith("fastattn generate: ") and message in printed.err and printed.err.count("\n") == 1, printed.err
-    with pytest.raises(SystemExit) as stop:
-        command("--model", folder)
-    assert stop.value.code == 2
+    for arguments in ((), ("--prompt", "a", "--device", "nowhere"), ("--prompt", "a", "--device", "cuda:99"), ("--prompt", "a", "--device", "meta"), ("--prompt", "a", "--prompts", "b")):
+        with pytest.raises(SystemExit) as stop:
+            command("--model", folder, *arguments)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_draft_of_other_tokens_is_refused(folder, writer, tmp_path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ from fastattn.ops.sampling import sample, sampling_probs
 from fastattn.scheduler import Batch, Scheduler, upload
 
 from .decode_graph import DecodeGraphs
-from .logits import LogitsProcessor
+from .logits import LogitsProcessor, check_drawn
 from .speculative import Drafter, judge, seed_of
 from .text import StopStrings, TextRequest
 from .tokenizers import StreamDecoder, Tokenizer
@@ -97,10 +97,6 @@ class Options:
     def sampling(self) -> dict[str, Any]:
         """`fastattn.sample`'s."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-
-
-class NoDistribution(RuntimeError):
-    """There are NaN or +inf among a model's logits, or nothing but −inf."""
 
 
 class Event(NamedTuple):
@@ -290,9 +286,7 @@ class Generation(Iterator[Event]):
         else:
             seeds = upload([seed_of(request.random) for request in batch.ready], torch.int64, self.device)
             drawn = [[token] for token in sample(logits, seeds=seeds, **self.options.sampling).tolist()]
-        for request, tokens in zip(batch.ready, drawn):
-            if tokens[-1] < 0:
-                raise NoDistribution(f"generate: the model's logits for prompt {request.index} hold NaN or +inf, or nothing but −inf")
+        check_drawn("model", batch.ready, [tokens[-1] for tokens in drawn])
         return drawn
 
     def _hidden(self, batch: Batch) -> Tensor:

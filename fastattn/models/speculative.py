@@ -20,7 +20,7 @@ from fastattn.page_pool import OutOfPages
 from fastattn.scheduler import upload
 
 from .decode_graph import DecodeGraphs
-from .logits import LogitsProcessor
+from .logits import LogitsProcessor, check_drawn
 from .text import TextRequest
 from .transformer import Transformer
 
@@ -105,8 +105,9 @@ class Drafter:
     def _draw(self, batch: list[TextRequest]) -> tuple[list[int], Tensor]:
         logits = self.processor(self.model.head(self._hidden(batch)), [(request, request.draft) for request in batch])
         seeds = upload([seed_of(request.random) for request in batch], torch.int64, self.device)
-        ids = sample(logits, seeds=seeds, **self.sampling)
-        return ids.tolist(), sampling_probs(logits, **self.sampling)
+        ids = sample(logits, seeds=seeds, **self.sampling).tolist()
+        check_drawn("draft", batch, ids)
+        return ids, sampling_probs(logits, **self.sampling)
 
     def _hidden(self, batch: list[TextRequest]) -> Tensor:
         """(B, H) after the last new token of each, of which there are a chunk at most."""
