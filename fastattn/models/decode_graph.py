@@ -5,6 +5,7 @@ A step of a small batch is hundreds of launches of a few microseconds each, whic
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from fastattn.kv_cache import PagedKVCache, Step
 
 from .transformer import Transformer
 
-_WARM_UPS = 2  # what compiles, allocates or looks up something does so on its first runs
+_PLAIN_STEPS = 3  # of a batch size before it is recorded: one that is passed through as answers end is not worth it
 
 
 @dataclass
@@ -25,24 +26,28 @@ class _Recorded:
 
 
 class DecodeGraphs:
-    """`model.hidden(tokens, cache=cache)` for steps of one token a sequence, by a graph of each batch size.
+    """`model.hidden(tokens, cache=cache)` for steps of one token a sequence, by a graph of each batch size that lasts.
 
     A graph reads the cache's step tensors where they lie. They move when a step is larger than all before it, and all graphs are then
-    recorded anew. Graphs share their memory, so `hidden` is to be read before the next call.
+    recorded anew. Graphs share their memory, so what one returns is to be read before the next call.
     """
 
     def __init__(self, model: Transformer, cache: PagedKVCache) -> None:
         self.model, self.cache = model, cache
         self._graphs: dict[int, _Recorded] = {}  # by batch size
-        self._places: tuple[int, ...] = ()  # of the step tensors that they read
+        self._steps: Counter[int] = Counter()  # that each batch size has had
+        self._places: tuple[int, ...] = ()  # of the step tensors that the graphs read
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens (B,) of the cache's current step, one a sequence. Returns (B, H), and has ended the step."""
+        """tokens (B,) of the cache's current step, one a sequence. Returns (B, H); the step may have ended."""
         places = _places(self.cache.current)
         if places != self._places:
             self._graphs.clear()
             self._places = places
+        self._steps[len(tokens)] += 1
+        if self._steps[len(tokens)] <= _PLAIN_STEPS:  # which are the first to compile and look up, too
+            return self._forward(tokens)
         if len(tokens) not in self._graphs:
             self._graphs[len(tokens)] = self._record(tokens)
         recorded = self._graphs[len(tokens)]
@@ -56,8 +61,7 @@ class DecodeGraphs:
         beside = torch.cuda.Stream(tokens.device)
         beside.wait_stream(torch.cuda.current_stream(tokens.device))
         with torch.cuda.stream(beside):  # writes the step's keys and values, which the graph writes again
-            for _ in range(_WARM_UPS):
-                self._forward(tokens)
+            self._forward(tokens)
         torch.cuda.current_stream(tokens.device).wait_stream(beside)
         with torch.cuda.graph(graph, pool=self._pool):
             hidden = self._forward(tokens)

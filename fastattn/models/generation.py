@@ -23,7 +23,7 @@ from fastattn.ops.sampling import sample, sampling_probs
 from fastattn.scheduler import Batch, Scheduler, upload
 
 from .decode_graph import DecodeGraphs
-from .logits import LogitsProcessor
+from .logits import LogitsProcessor, check_drawn
 from .speculative import Drafter, judge, seed_of
 from .text import StopStrings, TextRequest
 from .tokenizers import StreamDecoder, Tokenizer
@@ -99,10 +99,6 @@ class Options:
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
 
-class NoDistribution(RuntimeError):
-    """There are NaN or +inf among a model's logits, or nothing but −inf."""
-
-
 class Event(NamedTuple):
     """What a step added to one answer.
 
@@ -175,6 +171,9 @@ class Generation(Iterator[Event]):
         eos = getattr(tokenizer, "eos_id", None)
         given = ([] if eos is None else [eos]) if options.stop_tokens is None else options.stop_tokens
         self.stop_tokens = frozenset(given)
+        if wrong := [token for token in given if not 0 <= token < model.config.vocab_size]:
+            raise ValueError(f"generate: stop_tokens must hold ids in [0, {model.config.vocab_size}), the model's, got {wrong[0]}")
+        cuda_graphs = options.cuda_graphs and self.device.type == "cuda"
         seed = torch.randint(2**62, ()).item() if options.seed is None else options.seed
         requests = [self._request(index, prompt, seed) for index, prompt in enumerate(prompts)]
         num_pages = options.num_pages or self._enough_pages(requests)
@@ -188,9 +187,9 @@ class Generation(Iterator[Event]):
         if options.draft is not None:
             self.drafter = Drafter(
                 options.draft, num_pages, options.page_size, num_draft=options.draft_tokens, chunk=options.chunk,
-                processor=self.processor, sampling=options.sampling,
+                cuda_graphs=cuda_graphs, processor=self.processor, sampling=options.sampling,
             )  # fmt: skip
-        self.graphs = DecodeGraphs(model, self.cache) if options.cuda_graphs and self.device.type == "cuda" else None
+        self.graphs = DecodeGraphs(model, self.cache) if cuda_graphs else None
         self.statistics = Statistics(num_pages)
         self._events = self._run()
 
@@ -287,9 +286,7 @@ class Generation(Iterator[Event]):
         else:
             seeds = upload([seed_of(request.random) for request in batch.ready], torch.int64, self.device)
             drawn = [[token] for token in sample(logits, seeds=seeds, **self.options.sampling).tolist()]
-        for request, tokens in zip(batch.ready, drawn):
-            if tokens[-1] < 0:
-                raise NoDistribution(f"generate: the model's logits for prompt {request.index} hold NaN or +inf, or nothing but −inf")
+        check_drawn("model", batch.ready, [tokens[-1] for tokens in drawn])
         return drawn
 
     def _hidden(self, batch: Batch) -> Tensor:

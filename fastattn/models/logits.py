@@ -10,6 +10,17 @@ from torch import Tensor
 from fastattn.scheduler import Request, upload
 
 
+class NoDistribution(RuntimeError):
+    """There are NaN or +inf among a model's logits, or nothing but −inf."""
+
+
+def check_drawn(whose: str, requests: Sequence[Request], ids: Sequence[int]) -> None:
+    """Raise NoDistribution where `fastattn.sample` could draw nothing for a request. whose: "model" or "draft"."""
+    for request, id in zip(requests, ids):
+        if id < 0:
+            raise NoDistribution(f"generate: the {whose}'s logits for prompt {request.index} hold NaN or +inf, or nothing but −inf")
+
+
 class LogitsProcessor:
     """A penalty on tokens that stand in the prompt or the answer, and no end before an answer has its minimum length.
 
@@ -23,7 +34,7 @@ class LogitsProcessor:
     """
 
     def __init__(
-        self, *, repetition_penalty: float, min_new_tokens: int, stop_tokens: Sequence[int], max_requests: int, vocab_size: int,
+        self, *, repetition_penalty: float, min_new_tokens: int, stop_tokens: frozenset[int], max_requests: int, vocab_size: int,
         device: torch.device,
     ) -> None:  # fmt: skip
         self.penalty, self.min_new_tokens = repetition_penalty, min_new_tokens

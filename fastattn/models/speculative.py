@@ -19,7 +19,8 @@ from fastattn.ops.sampling import sample, sampling_probs
 from fastattn.page_pool import OutOfPages
 from fastattn.scheduler import upload
 
-from .logits import LogitsProcessor
+from .decode_graph import DecodeGraphs
+from .logits import LogitsProcessor, check_drawn
 from .text import TextRequest
 from .transformer import Transformer
 
@@ -52,18 +53,21 @@ class Drafter:
 
     Args:
         model, num_pages, page_size: the small one, and its cache's. num_draft: tokens a guess. chunk: tokens of a request that are
-        computed in one step, at most. processor, sampling: what is done to the logits before a draw, and `sampling_probs`' options.
+        computed in one step, at most. cuda_graphs: record steps of one token a request.
+        processor, sampling: what is done to the logits before a draw, and `sampling_probs`' options.
 
     Where its cache has no page left, there is no guess.
     """
 
     def __init__(
-        self, model: Transformer, num_pages: int, page_size: int, *, num_draft: int, chunk: int, processor: LogitsProcessor, sampling: dict
-    ) -> None:
+        self, model: Transformer, num_pages: int, page_size: int, *, num_draft: int, chunk: int, cuda_graphs: bool,
+        processor: LogitsProcessor, sampling: dict,
+    ) -> None:  # fmt: skip
         self.model, self.num_draft, self.chunk = model, num_draft, chunk
         self.processor, self.sampling = processor, sampling
         self.cache = model.new_cache(num_pages, page_size)
         self.device = self.cache.device
+        self.graphs = DecodeGraphs(model, self.cache) if cuda_graphs else None
         self._ids: dict[TextRequest, int] = {}
 
     @torch.no_grad()
@@ -101,8 +105,9 @@ class Drafter:
     def _draw(self, batch: list[TextRequest]) -> tuple[list[int], Tensor]:
         logits = self.processor(self.model.head(self._hidden(batch)), [(request, request.draft) for request in batch])
         seeds = upload([seed_of(request.random) for request in batch], torch.int64, self.device)
-        ids = sample(logits, seeds=seeds, **self.sampling)
-        return ids.tolist(), sampling_probs(logits, **self.sampling)
+        ids = sample(logits, seeds=seeds, **self.sampling).tolist()
+        check_drawn("draft", batch, ids)
+        return ids, sampling_probs(logits, **self.sampling)
 
     def _hidden(self, batch: list[TextRequest]) -> Tensor:
         """(B, H) after the last new token of each, of which there are a chunk at most."""
@@ -110,7 +115,10 @@ class Drafter:
         new = [(r.tokens + r.draft)[self.cache.length(id) :][: self.chunk] for r, id in zip(batch, ids)]
         flat = [token for tokens in new for token in tokens]
         step = self.cache.step(ids, list(map(len, new)), flat)
-        hidden = self.model.hidden(upload(flat, torch.int64, self.device), cache=self.cache)
+        tokens = upload(flat, torch.int64, self.device)
+        if self.graphs is not None and step.max_seqlen_q == 1:
+            return self.graphs(tokens)
+        hidden = self.model.hidden(tokens, cache=self.cache)
         return hidden[step.cu_seqlens_q[1:].long() - 1]
 
 
