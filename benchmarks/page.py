@@ -24,7 +24,8 @@ from .suite import MODES, OURS, Suite, suite_of
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 HEAT_FULL = 3.0  # the ratio from which a cell's colour is full
-GAPS = 12  # rows listed where a peer is faster
+LEVEL = 1.02  # a mean of ratios this near to 1 has no colour
+GAPS = 10  # rows listed where a peer is faster
 CARDS_PART = "sm90"  # whose cards are listed one by one where the run was on no GPU
 
 
@@ -42,7 +43,7 @@ def render(result: Mapping[str, Any]) -> str:
     colours = _colours(result)
     ops = [_op(suite_of(op), result, colours) for op in result["ops"]]
     return template.render(
-        where=result["provenance"], ops=ops, overview=_overview(result), gaps=_gaps(result), counts=_counts(result),
+        where=result["provenance"], ops=ops, overview=_overview(result), gaps=_gaps(result), shown_gaps=GAPS, counts=_counts(result),
         ceilings=_ceilings(result), cards=_cards(result), environment=_environment(result), finished=result["finished"],
         memory_measured=any(op["memory"] for op in ops),
     )  # fmt: skip
@@ -62,7 +63,8 @@ def _colours(result: Mapping[str, Any]) -> dict[str, int]:
 
 def _counts(result: Mapping[str, Any]) -> dict[str, int]:
     rows = [row for _, row in results.each_row(result)]
-    return {"ops": len(result["ops"]), "rows": len(rows), "wrong": sum(not row["verified"] for row in rows)}
+    figures = sum(OURS in figures for _, _, figures in results.each_mode(result))
+    return {"ops": len(result["ops"]), "rows": len(rows), "wrong": sum(not row["verified"] for row in rows), "figures": figures}
 
 
 def _ceilings(result: Mapping[str, Any]) -> list[str]:
@@ -87,7 +89,7 @@ def _overview(result: Mapping[str, Any]) -> dict[str, Any]:
     lines = []
     for op, of_op in ratios.items():
         means = {name: math.exp(statistics.fmean(map(math.log, found))) for name, found in of_op.items()}
-        cells = [_heat(means[name], f"{means[name]:.2f}×", f"{len(of_op[name])} figures") if name in means else None for name in peers]
+        cells = [_mean_cell(means[name], len(of_op[name])) if name in means else None for name in peers]
         lines.append({"op": op, "cells": cells})
     return {"peers": peers, "lines": lines}
 
@@ -102,6 +104,10 @@ def _gaps(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 ratio, name = min(faster)
                 found.append({"op": op, "id": row["id"], "mode": mode, "peer": name, "ratio": ratio, "ms": figures[OURS]["ms"]})
     return sorted(found, key=lambda gap: gap["ratio"])
+
+
+def _mean_cell(mean: float, count: int) -> dict[str, Any]:
+    return _heat(mean, f"{mean:.2f}×", f"the geometric mean of {count} figures", level=max(mean, 1 / mean) <= LEVEL)
 
 
 def _heat(ratio: float, text: str, title: str, level: bool = False) -> dict[str, Any]:
