@@ -71,9 +71,8 @@ def roofline(series: Mapping[str, Sequence[Point]], tflops: float, gbps: float, 
     parts.append(_text(x(high) - 2, y(peak) - 5, f"matmul {number(peak)}", "end", "note"))
     slope = math.degrees(math.atan2(y(roof[0][1]) - y(peak), x(ridge) - x(low)))
     if x(ridge) - x(low) > 90:
-        at_x, at_y = x(low) + 6, y(roof[0][1]) - 6
-        label = f'<text class="note" transform="translate({at_x:.1f} {at_y:.1f}) rotate({-slope:.1f})">copy {number(gbps)} GB/s</text>'
-        parts.append(label)
+        at = f"translate({x(low):.1f} {y(roof[0][1]):.1f}) rotate({-slope:.1f})"
+        parts.append(f'<text class="note" transform="{at}" x="4" y="-5">copy {number(gbps)} GB/s</text>')
     for i, (name, of_one) in enumerate(series.items()):
         parts += _marks(name, 2 * i, of_one, x, y)
     return _svg(f"roofline: {unit} over FLOP a byte", parts)

@@ -32,17 +32,25 @@ CPU = torch.device("cpu")
 CEILINGS = {"matmul_tflops": 0.1, "matmul_size": 2048, "copy_gbps": 10.0, "copy_bytes": 1 << 27}
 
 
+def impatient(device, seconds):
+    """A clock that takes its three rounds and no more."""
+    return timing.Clock(device, 0.0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """One real run at tiny shapes."""
     folder = tmp_path_factory.mktemp("bench")
-    assert main(["bench", "attention", "--device", "cpu", "--suite", "tiny", "--json", str(folder / "bench.json")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "Clock", impatient)
+        assert main(["bench", "attention", "--device", "cpu", "--suite", "tiny", "--json", str(folder / "bench.json")]) == 0
     return folder
 
 
 @pytest.fixture
 def rows_only(monkeypatch):
     """Leave out what is not under test: the ceilings and the overhead take longer than a tiny row."""
+    monkeypatch.setattr(command, "Clock", impatient)
     monkeypatch.setattr(command, "measure_ceilings", lambda clock, dtype: dict(CEILINGS))
     monkeypatch.setattr(command, "host_microseconds", lambda call, device: 1.0)
 

@@ -113,6 +113,7 @@ def measured(monkeypatch):
 
     stop_at: list[int] = []
     monkeypatch.setattr(command, "run_shape", run_shape)
+    monkeypatch.setattr(command, "Clock", lambda device, seconds: timing.Clock(device, 0.0))
     monkeypatch.setattr(command, "measure_ceilings", lambda clock, dtype: dict(CEILINGS))
     monkeypatch.setattr(command, "host_microseconds", lambda call, device: 1.0)
     return ids, stop_at
