@@ -28,6 +28,7 @@ def dropout_seed(device: torch.device) -> Tensor:
     return torch.full((1,), 20240229, dtype=torch.int64, device=device)
 
 
+@functools.cache
 def cu_seqlens(shape: Shape, device: torch.device) -> Tensor:
     """Where the packed sequences begin, and end; of a dense batch too."""
     lengths = shape.lengths or (shape.seqlen,) * shape.batch
@@ -35,28 +36,19 @@ def cu_seqlens(shape: Shape, device: torch.device) -> Tensor:
 
 
 def build_fastattn(shape: Shape) -> Forward:
-    packed = _packed(shape)
-
     def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        window = None if shape.window is None else shape.window, None
         return fastattn.attention(
-            q, k, v, causal=shape.causal, window=window, softcap=shape.softcap, dropout_p=shape.dropout_p, sinks=sinks, **packed(q.device)
+            q, k, v, causal=shape.causal, window=(shape.window, None), softcap=shape.softcap, dropout_p=shape.dropout_p, sinks=sinks,
+            **(_packed(shape, q.device) if shape.lengths else {}),
         )  # fmt: skip
 
     return forward
 
 
-def _packed(shape: Shape):
-    """The keywords of packed sequences by device, made once; none of a dense batch."""
-
-    @functools.cache
-    def keywords(device: torch.device) -> dict[str, Any]:
-        if not shape.lengths:
-            return {}
-        starts = cu_seqlens(shape, device)
-        return {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": shape.seqlen, "max_seqlen_k": shape.seqlen}
-
-    return keywords
+def _packed(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """The keywords of packed sequences."""
+    starts = cu_seqlens(shape, device)
+    return {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": shape.seqlen, "max_seqlen_k": shape.seqlen}
 
 
 def with_known_dropout(shape: Shape) -> Forward | None:
@@ -182,11 +174,10 @@ def build_varlen_attn(shape: Shape) -> Forward:
     """torch's own over packed sequences; a dense batch is packed, which is a view."""
     _lacks(shape, softcap="softcap", dropout_p="dropout", sinks="sinks")
     function = import_name("torch.nn.attention.varlen", "varlen_attn")
-    starts = cu_seqlens(shape, torch.device("cuda"))
     window = (-1 if shape.window is None else shape.window, 0) if shape.causal else (-1, -1)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        flat = [t.flatten(0, -3) for t in (q, k, v)]
+        flat, starts = [t.flatten(0, -3) for t in (q, k, v)], cu_seqlens(shape, q.device)
         grouped = {"enable_gqa": True} if q.shape[-2] != k.shape[-2] else {}
         return function(*flat, starts, starts, shape.seqlen, shape.seqlen, window_size=window, **grouped).view_as(q)
 
@@ -211,11 +202,11 @@ def _flash_builder(module: str, varlen: str, sinks: str | None = None, **lacking
     def build(shape: Shape) -> Forward:
         _lacks(shape, **lacking, **({} if sinks else {"sinks": "sinks"}))
         dense, packed, options = import_name(module, "flash_attn_func"), import_name(module, varlen), _flash_options(shape)
-        keywords = _packed(shape)
 
         def forward(q: Tensor, k: Tensor, v: Tensor, *sink: Tensor) -> Tensor:
             named = {sinks: sink[0]} if sink else {}
-            result = packed(q, k, v, **keywords(q.device), **options, **named) if shape.lengths else dense(q, k, v, **options, **named)
+            lengths = _packed(shape, q.device) if shape.lengths else {}
+            result = (packed if lengths else dense)(q, k, v, **lengths, **options, **named)
             return result[0] if isinstance(result, tuple) else result
 
         return forward
@@ -250,20 +241,19 @@ def build_flashinfer(shape: Shape) -> Forward:
     """Forward only. Its plan is made once, as a serving engine makes it once for all layers."""
     _lacks(shape, dropout_p="dropout", sinks="sinks in this wrapper")
     wrapper = import_name("flashinfer", "BatchPrefillWithRaggedKVCacheWrapper")
-    planned = wrapper(torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "NHD")
-    starts = cu_seqlens(shape, torch.device("cuda"))
 
     @functools.cache
-    def plan(dtype: torch.dtype) -> None:
-        planned.plan(
+    def planned(dtype: torch.dtype, device: torch.device) -> Any:
+        made, starts = wrapper(torch.empty(256 << 20, dtype=torch.uint8, device=device), "NHD"), cu_seqlens(shape, device)
+        made.plan(
             starts, starts, shape.num_heads, shape.num_kv_heads, shape.head_dim, causal=shape.causal,
             window_left=-1 if shape.window is None else shape.window, logits_soft_cap=shape.softcap or None, q_data_type=dtype,
         )  # fmt: skip
+        return made
 
     @torch.no_grad()
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        plan(q.dtype)
-        return planned.run(*(t.flatten(0, -3) for t in (q, k, v))).view_as(q)
+        return planned(q.dtype, q.device).run(*(t.flatten(0, -3) for t in (q, k, v))).view_as(q)
 
     return forward
 
@@ -272,12 +262,11 @@ def build_vllm(shape: Shape) -> Forward:
     """Forward only: its build of flash-attn, over packed sequences."""
     _lacks(shape, dropout_p="dropout", sinks="sinks in this build")
     function = import_name("vllm.vllm_flash_attn", "flash_attn_varlen_func")
-    starts, options = cu_seqlens(shape, torch.device("cuda")), _flash_options(shape)
+    options = _flash_options(shape)
 
     @torch.no_grad()
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        lengths = {"max_seqlen_q": shape.seqlen, "max_seqlen_k": shape.seqlen, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
-        return function(*(t.flatten(0, -3) for t in (q, k, v)), **lengths, **options).view_as(q)
+        return function(*(t.flatten(0, -3) for t in (q, k, v)), **_packed(shape, q.device), **options).view_as(q)
 
     return forward
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -325,6 +326,22 @@ def test_runs_with_torch_alone(tmp_path):
     assert re.search(r"^B2-S32-H2-D16-fp32-causal +\d+\.\d{3} ", done.stdout, re.MULTILINE)
     assert "[5/5]" not in done.stdout  # progress is not part of the result
     assert rows_of(tmp_path)[0]["verified"]
+
+
+def test_pytest_benchmark_runs_the_same_rows(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    root = provenance.checkout()
+    if root is None:
+        pytest.skip("there is no benchmarks/ beside an installed package")
+    saved = tmp_path / "saved.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-k", "rotary", "--device", "cpu", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, f"--benchmark-json={saved}"], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(saved.read_text())["benchmarks"]
+    shapes = suite.suite_of("rotary").presets["cpu", "tiny"]
+    groups = {f"rotary {shape.id('fp32')} {mode}" for shape in shapes for mode in suite.MODES}
+    assert {case["group"] for case in found} == groups and len(found) == 3 * len(groups)
+    assert all(case["extra_info"]["bytes"] > 0 and case["stats"]["rounds"] == 5 for case in found)
 
 
 @pytest.mark.gpu
