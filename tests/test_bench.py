@@ -334,7 +334,7 @@ def test_pytest_benchmark_runs_the_same_rows(tmp_path):
     if root is None:
         pytest.skip("there is no benchmarks/ beside an installed package")
     saved = tmp_path / "saved.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-k", "rotary", "--device", "cpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-k", "rotary-rotary", "--device", "cpu", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, f"--benchmark-json={saved}"], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(saved.read_text())["benchmarks"]

@@ -76,7 +76,7 @@ def test_the_page_says_what_is_wrong_and_where_a_peer_is_faster():
     row = result["ops"]["norm"]["rows"][0]
     row |= {"verified": False, "modes": {}, "checks": {"out0": {"error": 1.0, "budget": 1e-5, "passed": False}}}
     text = page.render(result)
-    assert "1 of 29 shapes wrong" in text and "out0: error 1.0e+00, budget 1.0e-05" in text
+    assert "1 of 28 shapes wrong" in text and "out0: error 1.0e+00, budget 1.0e-05" in text
     gaps = page._gaps(result)
     assert {gap["peer"] for gap in gaps} == {"SDPA <b>"} and {gap["ratio"] for gap in gaps} == {0.7}
 
