@@ -108,13 +108,14 @@ class Clock:
         Returns the measurements, and for each one that raised instead, what it said.
         """
         rounds, failures = {}, {}
-        warmup_calls = 2 if self._on_gpu else 1  # the last one is the estimate; on a GPU the first may compile
+        warmup_calls = 2 if self._on_gpu else 1  # the last one tells what a round takes; on a GPU the first may compile
         for name, work in works.items():
             try:
                 for _ in range(warmup_calls):
-                    estimate = self.once(work)
-                self.synchronize()
-                rounds[name] = min(MAX_ROUNDS, max(MIN_ROUNDS, int(self.seconds * 1e3 / max(estimate(), 1e-3))))
+                    start = time.perf_counter()
+                    self.once(work)
+                    self.synchronize()
+                rounds[name] = min(MAX_ROUNDS, max(MIN_ROUNDS, int(self.seconds / (time.perf_counter() - start))))
             except Exception as error:  # a peer that cannot do this shape, or runs out of memory, loses its column only
                 failures[name] = describe_error(error)
                 free_memory(self.device)
