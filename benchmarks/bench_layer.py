@@ -1,4 +1,4 @@
-"""One layer of a transformer as Llama has it: every op in its place, and the matrix products between them, which are torch's for everyone."""
+"""One layer of a transformer as Llama has it: every op in its place, and the matrix products between them, which are torch's for all."""
 
 from __future__ import annotations
 
