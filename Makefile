@@ -4,7 +4,7 @@ PYTHON = python3
 GPU_PYTHON = python3
 VENV = .venv
 OUT = benchmarks/results/local
-OPS = attention
+OPS = all
 JOBS = 2
 
 PY = $(VENV)/bin/python
@@ -13,11 +13,12 @@ PYTEST = $(PY) -m pytest -n $(JOBS)
 # Each test process keeps to one core, and the processes share them.
 TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup setup-hf setup-wheel bench test test-more test-second-torch demo demo-moe gpu wheel lint cards cards-check dump clean
+.PHONY: help setup setup-hf setup-wheel bench readme test test-more test-second-torch demo demo-moe gpu wheel lint cards cards-check dump clean
 
 help:
-	@echo "make bench              verify attention, then time it against its peers on this machine"
-	@echo "make bench OPS=all      the same for every op; OPS='softmax norm' for some"
+	@echo "make bench              verify every op, then time it against its peers on this machine; ends in a report to look at"
+	@echo "make bench OPS=softmax  the same for one op; OPS='softmax norm' for some"
+	@echo "make readme             write README's tables and the plots from benchmarks/results/"
 	@echo "make test               the tests, in under ten minutes on two cores"
 	@echo "make test-more          long sweeps, every kernel card, the second torch"
 	@echo "make test-second-torch  import, interpret and compile under torch 2.11 and Triton 3.6"
@@ -58,6 +59,9 @@ $(VENV)/.setup-wheel: $(VENV)/.setup
 
 bench: $(VENV)/.setup
 	$(PY) -m fastattn bench $(OPS)
+
+readme: $(VENV)/.setup
+	$(PY) -m fastattn.benchmarks.readme
 
 demo: $(VENV)/.setup-hf
 	$(PY) examples/demo.py

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import fastattn
 
+from .models import MODELS, labelled
 from .rows import Variant, row_suite
 from .suite import Forward, by_backend
 
-KV_HEADS, PAGE_SIZE, CACHED = 8, 16, 40  # CACHED tokens stand in each sequence before
+PAGE_SIZE, CACHED = 16, 40  # CACHED tokens stand in each sequence before
 FP8 = torch.float8_e4m3fn
 NAIVE_TOKENS = 64  # that the token-by-token reference is timed on
 
@@ -28,19 +29,22 @@ class Shape:
     batch: int
     new: int
     num_cols: int
+    num_kv_heads: int = 8
+    model: str = ""
 
     def id(self, dtype: str) -> str:
-        return f"{self.function}-B{self.batch}-S{self.new}-D{self.num_cols}-{dtype}"
+        return labelled(self.model, f"{self.function}-B{self.batch}-S{self.new}-D{self.num_cols}-{dtype}")
 
 
 def _draw(shape: Shape, randn: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """k, v, both caches, page table, lengths; and cos and sin, or the scale of both."""
     batch, device = shape.batch, randn.device
-    new = [randn(batch, shape.new, KV_HEADS, shape.num_cols, learnt=False) for _ in range(2)]
+    new = [randn(batch, shape.new, shape.num_kv_heads, shape.num_cols, learnt=False) for _ in range(2)]
     max_pages = -(-(CACHED + shape.new) // PAGE_SIZE)
     pages = torch.randperm(batch * max_pages, generator=randn.generator, device=device).int().view(batch, max_pages)
     cache_dtype = FP8 if shape.function == "append_fp8" else new[0].dtype
-    caches = [torch.zeros(batch * max_pages, PAGE_SIZE, KV_HEADS, shape.num_cols, device=device).to(cache_dtype) for _ in range(2)]
+    size = batch * max_pages, PAGE_SIZE, shape.num_kv_heads, shape.num_cols
+    caches = [torch.zeros(size, device=device).to(cache_dtype) for _ in range(2)]
     inputs = [*new, *caches, pages, torch.full((batch,), CACHED, dtype=torch.int32, device=device)]
     if shape.function == "append_rotary":
         angles = torch.arange(CACHED + shape.new, device=device)[:, None] * 10000.0 ** -(
@@ -48,7 +52,7 @@ def _draw(shape: Shape, randn: Callable[..., Tensor]) -> tuple[list[Tensor], lis
         )
         inputs += [angles.cos(), angles.sin()]
     elif shape.function == "append_fp8":
-        inputs.append(torch.full((KV_HEADS,), 0.01, device=device))
+        inputs.append(torch.full((shape.num_kv_heads,), 0.01, device=device))
     return inputs, []
 
 
@@ -150,14 +154,22 @@ def _of(function: str) -> Variant:
         ours=_ours(function),
         torch=_torch(function),
         others=OTHERS[function],
-        traffic=(0, 0),  # `_work` has it
         has_backends=True,
     )
 
 
-def _work(shape: Shape, which: str, itemsize: int) -> float:
+def _traffic(shape: Shape, mode: str, itemsize: int) -> float:
     # k and v read, and written in the cache's dtype
-    return 2 * shape.batch * shape.new * KV_HEADS * shape.num_cols * (itemsize + (1 if shape.function == "append_fp8" else itemsize))
+    return 2 * _elements(shape) * (itemsize + (1 if shape.function == "append_fp8" else itemsize))
+
+
+def _flops(shape: Shape, mode: str) -> float:
+    # nothing; two products and a sum of each key's element; a product and two comparisons of each element
+    return {"append": 0, "append_rotary": 3, "append_fp8": 6}[shape.function] * _elements(shape)
+
+
+def _elements(shape: Shape) -> int:
+    return shape.batch * shape.new * shape.num_kv_heads * shape.num_cols
 
 
 def _refuse(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -169,7 +181,15 @@ def _shapes(*sizes: tuple[int, int], dims: tuple[int, ...]) -> list[Shape]:
     return [Shape(name, batch, new, d) for name in OTHERS for batch, new in sizes for d in dims]
 
 
+def _model_shapes(*sizes: tuple[int, int]) -> list[Shape]:
+    return [
+        Shape("append_rotary", batch, new, model.head_dim, model.num_kv_heads, model.name) for model in MODELS for batch, new in sizes
+    ]
+
+
 PRESETS = {
+    ("cpu", "model"): _model_shapes((16, 1)),
+    ("cuda", "model"): _model_shapes((64, 1), (1, 2048)),
     ("cpu", "tiny"): _shapes((2, 1), (1, 20), dims=(16,)),
     ("cpu", "quick"): _shapes((16, 1), (1, 512), dims=(128,)),
     ("cpu", "full"): _shapes((1, 1), (64, 1), (1, 2048), dims=(64, 128)),
@@ -191,6 +211,6 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
 
 
 SUITE = row_suite(
-    "append_paged_kv", {name: _of(name) for name in OTHERS}, PRESETS, overhead, passes=("fwd",), work=_work, refuse=_refuse,
-    x_label="tokens", panel=lambda row: (f"{row['function']}, D = {row['num_cols']}", row["batch"] * row["new"]),
+    "append_paged_kv", {name: _of(name) for name in OTHERS}, PRESETS, overhead, modes=("fwd",), traffic=_traffic, flops=_flops,
+    refuse=_refuse, x_label="tokens", panel=lambda row: (f"{row['function']}, D = {row['num_cols']}", row["batch"] * row["new"]),
 )  # fmt: skip

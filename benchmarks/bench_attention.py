@@ -1,11 +1,11 @@
-"""Attention against naive attention and every other implementation at hand."""
+"""Attention against naive attention and every other implementation at hand (attention_peers.py): plain, grouped heads, and each option at
+short and at long sequences."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,14 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from fastattn.ops.attention import dropout_keep
 
-from .suite import MATMUL, Builder, Forward, Suite, find_peers, import_name
+from . import attention_peers
+from .attention_peers import ON_CPU, ON_CUDA, REQUIRES
+from .models import MODELS, Model, labelled
+from .suite import MATMUL, Builder, Suite, find_peers
 from .verification import TENSORS, reference_results
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Self-attention: S_q = S_k, D_v = D."""
+    """Self-attention: S_q = S_k, D_v = D.
+
+    window: keys to the left of its own that a query sees, with causal; lengths: those of `batch` packed sequences, seqlen the longest.
+    """
 
     batch: int
     seqlen: int
@@ -28,11 +35,27 @@ class Shape:
     num_kv_heads: int
     head_dim: int
     causal: bool
+    window: int | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    sinks: bool = False
+    lengths: tuple[int, ...] = ()
+    model: str = ""
 
     def id(self, dtype: str) -> str:
         heads = f"H{self.num_heads}" + ("" if self.num_kv_heads == self.num_heads else f"-Hkv{self.num_kv_heads}")
         mask = "causal" if self.causal else "full"
-        return f"B{self.batch}-S{self.seqlen}-{heads}-D{self.head_dim}-{dtype}-{mask}"
+        tokens = f"T{sum(self.lengths)}" if self.lengths else f"S{self.seqlen}"
+        return labelled(self.model, "-".join([f"B{self.batch}-{tokens}-{heads}-D{self.head_dim}-{dtype}-{mask}", *self.options]))
+
+    @property
+    def options(self) -> list[str]:
+        """What is beyond the plain call, in words."""
+        given = {
+            "varlen": bool(self.lengths), f"window{self.window}": self.window is not None, f"softcap{self.softcap:g}": self.softcap,
+            f"dropout{self.dropout_p:g}": self.dropout_p, "sinks": self.sinks,
+        }  # fmt: skip
+        return [name for name, on in given.items() if on]
 
 
 def _grid(tokens: int, seqlens: Sequence[int], heads_of: dict[int, int]) -> list[Shape]:
@@ -45,46 +68,91 @@ def _grid(tokens: int, seqlens: Sequence[int], heads_of: dict[int, int]) -> list
     ]
 
 
+def _with_options(plain: Shape) -> list[Shape]:
+    """One option at a time of a causal shape: a window of an eighth, five sequences of very different lengths, and so on."""
+    seqlen = plain.seqlen
+    lengths = (seqlen // 2, seqlen // 4, seqlen // 8 + 1, 1, seqlen // 8 - 2)
+    changes = [
+        {"window": seqlen // 8 - 1}, {"batch": len(lengths), "seqlen": max(lengths), "lengths": lengths}, {"softcap": 30.0},
+        {"dropout_p": 0.1, "batch": 1}, {"sinks": True},  # the reference holds a mask of dropout
+    ]  # fmt: skip
+    return [replace(plain, **change) for change in changes]
+
+
+def _of_model(model: Model, batch: int, seqlen: int) -> Shape:
+    window = model.window - 1 if model.window and model.window < seqlen else None
+    heads = model.num_heads, model.num_kv_heads, model.head_dim
+    return Shape(batch, seqlen, *heads, True, window, model.softcap, sinks=model.sinks, model=model.name)
+
+
 _CUDA_HEADS = {64: 32, 128: 16}  # hidden size 2048 and 16k tokens: the shapes published figures use
 _LLAMA = Shape(2, 8192, 32, 8, 128, True)
+_ON_CPU = [shape for seqlen in (256, 1024) for shape in _with_options(Shape(1, seqlen, 8, 8, 64, True))]
+_ON_CUDA = [shape for seqlen in (1024, 4096) for shape in _with_options(Shape(16384 // seqlen, seqlen, 16, 16, 128, True))]
 PRESETS = {
-    ("cpu", "tiny"): _grid(64, (32, 64), {16: 2}),
-    ("cpu", "quick"): _grid(1, (512, 1024, 2048), {64: 8}) + [Shape(1, 1024, 8, 2, 128, True)],
-    ("cpu", "full"): _grid(1, (512, 1024, 2048, 4096, 8192), {64: 8, 128: 8}) + [Shape(1, 2048, 32, 8, 128, True)],
-    ("cuda", "tiny"): _grid(512, (256, 512), {64: 2}),
-    ("cuda", "quick"): _grid(16384, (1024, 4096, 16384), _CUDA_HEADS) + [_LLAMA],
-    ("cuda", "full"): _grid(16384, (512, 1024, 2048, 4096, 8192, 16384), _CUDA_HEADS) + [_LLAMA],
-}
+    ("cpu", "tiny"): [*_grid(64, (32, 64), {16: 2}), *_with_options(Shape(1, 64, 4, 2, 16, True))],
+    ("cpu", "quick"): [
+        *(s for s in _grid(1, (512, 1024, 2048), {64: 8}) if s.causal or s.seqlen < 2048), Shape(1, 1024, 8, 2, 128, True), *_ON_CPU,
+    ],
+    ("cpu", "full"): [*_grid(1, (512, 1024, 2048, 4096, 8192), {64: 8, 128: 8}), Shape(1, 2048, 32, 8, 128, True), *_ON_CPU],
+    ("cpu", "model"): [_of_model(model, 1, 1024) for model in MODELS],
+    ("cuda", "tiny"): [*_grid(512, (256, 512), {64: 2}), *_with_options(Shape(1, 512, 4, 2, 64, True))],
+    ("cuda", "quick"): [
+        *(s for s in _grid(16384, (1024, 4096, 16384), _CUDA_HEADS) if s.causal or s.seqlen == 4096), _LLAMA, *_ON_CUDA[-5:],
+    ],
+    ("cuda", "full"): [*_grid(16384, (512, 1024, 2048, 4096, 8192, 16384), _CUDA_HEADS), _LLAMA, *_ON_CUDA],
+    ("cuda", "model"): [_of_model(model, 2, 8192) for model in MODELS],
+}  # fmt: skip
 
 
-def flops(shape: Shape, which: str, itemsize: int = 0) -> float:
-    # 4·B·H·S_q·S_k·D, half of it when causal; the backward pass 2.5 times that (five products beside the forward's two)
-    forward = 4 * shape.batch * shape.num_heads * shape.seqlen**2 * shape.head_dim * (0.5 if shape.causal else 1.0)
-    return forward * {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[which]
+def flops(shape: Shape, mode: str) -> float:
+    # 4·H·D a pair of query and key: S² of them, half when causal, W·S − W²/2 in a window of W; 2.5 times that backward (5 products, not 2)
+    pairs = 0.0
+    for length in shape.lengths or (shape.seqlen,) * shape.batch:
+        keys = length if shape.window is None else min(length, shape.window + 1)
+        pairs += length * keys - keys**2 / 2 if shape.causal else length**2
+    return 4 * pairs * shape.num_heads * shape.head_dim * {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[mode]
+
+
+def traffic(shape: Shape, mode: str, itemsize: int) -> float:
+    # q, k, v → out; q, k, v, out, dout → dq, dk, dv
+    tokens = sum(shape.lengths) if shape.lengths else shape.batch * shape.seqlen
+    forward, backward = 2 * (shape.num_heads + shape.num_kv_heads), 4 * (shape.num_heads + shape.num_kv_heads)
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode] * tokens * shape.head_dim * itemsize
 
 
 def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """q, k, v, and out's upstream gradient; random data, since zeros run faster than real data."""
+    """q, k, v and the sinks if any, and out's upstream gradient; random data, since zeros run faster than real data."""
     generator = torch.Generator(device).manual_seed(0)
+    lead = (sum(shape.lengths),) if shape.lengths else (shape.batch, shape.seqlen)
 
-    def randn(num_heads: int) -> Tensor:
-        size = (shape.batch, shape.seqlen, num_heads, shape.head_dim)
+    def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
-    inputs = [randn(heads).requires_grad_() for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)]
-    return inputs, [randn(shape.num_heads)]
+    inputs = [randn(*lead, heads, shape.head_dim) for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)]
+    inputs += [randn(shape.num_heads)] if shape.sinks else []
+    return [t.requires_grad_() for t in inputs], [randn(*lead, shape.num_heads, shape.head_dim)]
 
 
 def reference(shape: Shape, inputs: list[Tensor], upstream: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return dict(zip(TENSORS, reference_results(*inputs, *upstream, shape.causal, dtype), strict=True))
+    """By blocks; packed sequences one by one."""
+    q, k, v, *sinks = inputs
+    options: dict[str, Any] = {"window_left": shape.window, "softcap": shape.softcap, "sinks": sinks[0] if sinks else None}
+    if shape.dropout_p:
+        seed = attention_peers.dropout_seed(q.device)
+        keep = dropout_keep(seed, shape.batch, shape.num_heads, shape.seqlen, shape.seqlen, shape.dropout_p)
+        options |= {"dropout_p": shape.dropout_p, "keep": keep}
+    if not shape.lengths:
+        return dict(zip(TENSORS, reference_results(q, k, v, *upstream, shape.causal, dtype, **options)))
+    parts = zip(*(t.split(shape.lengths) for t in (q, k, v, *upstream)))
+    results = [reference_results(*(t[None] for t in part), shape.causal, dtype, **options) for part in parts]
+    return {name: torch.cat([t[0] for t in of_all]) for name, of_all in zip(TENSORS, zip(*results))}
 
 
 def refuse_beyond_memory(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
     """CUDA refuses an allocation by itself; a CPU process that asks for too much is killed."""
     if device.type == "cpu":
-        need = (
-            12 * shape.batch * shape.num_heads * shape.seqlen**2 * dtype.itemsize
-        )  # S × S matrices alive in a backward
+        need = 12 * shape.batch * shape.num_heads * shape.seqlen**2 * dtype.itemsize  # S × S matrices alive in a backward
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if need > free // 2:
             raise MemoryError(f"S × S matrices need about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
@@ -105,117 +173,12 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
 
 
 def panel(row: dict[str, Any]) -> tuple[str, float] | None:
-    if row["num_heads"] != row["num_kv_heads"]:
+    if row["num_heads"] != row["num_kv_heads"] or row.get("model"):
         return None
-    return f"D = {row['head_dim']}, {'causal' if row['causal'] else 'full'}", row["seqlen"]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The implementations, each behind one signature and one layout: forward(q, k, v) -> out over (B, S, H, D) tensors; whatever layout
-# it wants inside is a view.
-
-
-def build_fastattn(shape: Shape) -> Forward:
-    return lambda q, k, v: fastattn.attention(q, k, v, causal=shape.causal)
-
-
-def build_naive(shape: Shape) -> Forward:
-    """What one writes first: two matrix products with a softmax between them."""
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        group_size = q.shape[2] // k.shape[2]
-        if group_size > 1:
-            k, v = k.repeat_interleave(group_size, dim=2), v.repeat_interleave(group_size, dim=2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
-        if shape.causal:
-            hidden = torch.ones(shape.seqlen, shape.seqlen, dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(hidden, -math.inf)
-        return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
-
-    return forward
-
-
-def sdpa_builder(backend: str | None) -> Builder:
-    """torch's scaled_dot_product_attention, held to one backend of torch.nn.attention.SDPBackend, or as torch chooses."""
-
-    def build(shape: Shape) -> Forward:
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal, **grouped).transpose(1, 2)
-
-        def forced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
-                return call(q, k, v)
-
-        return call if backend is None else forced
-
-    return build
-
-
-def build_flex(shape: Shape) -> Forward:
-    """FlexAttention, compiled for this one shape, as its users are told to."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch.compiler.reset()  # past its recompilation limit, dynamo would run the uncompiled function without an error
-    block_mask = None
-    if shape.causal:
-        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.seqlen, shape.seqlen, device="cuda")
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        grouped = q.shape[2] != k.shape[2]
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped).transpose(1, 2)
-
-    return forward
-
-
-def build_flash_attn(shape: Shape) -> Forward:
-    flash_attn_func = import_name("flash_attn", "flash_attn_func")
-    return lambda q, k, v: flash_attn_func(q, k, v, causal=shape.causal)
-
-
-def build_flash_attn_4(shape: Shape) -> Forward:
-    flash_attn_func = import_name("flash_attn.cute", "flash_attn_func")
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result = flash_attn_func(q, k, v, causal=shape.causal)
-        return result[0] if isinstance(result, tuple) else result
-
-    return forward
-
-
-def build_xformers(shape: Shape) -> Forward:
-    memory_efficient_attention = import_name("xformers.ops", "memory_efficient_attention")
-    bias = import_name("xformers.ops.fmha.attn_bias", "LowerTriangularMask")() if shape.causal else None
-    return lambda q, k, v: memory_efficient_attention(q, k, v, attn_bias=bias)
-
-
-ON_CPU: dict[str, Builder] = {
-    "fastattn": build_fastattn,
-    "naive": build_naive,
-    "SDPA": sdpa_builder(None),
-}
-ON_CUDA: dict[str, Builder] = {
-    "fastattn": build_fastattn,
-    "naive": build_naive,
-    "SDPA flash": sdpa_builder("FLASH_ATTENTION"),
-    "SDPA cuDNN": sdpa_builder("CUDNN_ATTENTION"),
-    "SDPA efficient": sdpa_builder("EFFICIENT_ATTENTION"),
-    "SDPA math": sdpa_builder("MATH"),
-    "FlexAttention": build_flex,
-    "flash-attn": build_flash_attn,
-    "flash-attn-4": build_flash_attn_4,
-    "xformers": build_xformers,
-}
-REQUIRES = {
-    "FlexAttention": ("torch.nn.attention.flex_attention", "flex_attention"),
-    "flash-attn": ("flash_attn", "flash_attn_func"),
-    "flash-attn-4": ("flash_attn.cute", "flash_attn_func"),
-    "xformers": ("xformers.ops", "memory_efficient_attention"),
-}
+    options = {"varlen": row.get("lengths"), "window": row.get("window"), "softcap": row.get("softcap"), "dropout": row.get("dropout_p")}
+    words = [name for name, on in {**options, "sinks": row.get("sinks")}.items() if on]
+    words = [f"D = {row['head_dim']}", "causal" if row["causal"] else "full", *words]
+    return ", ".join(words), sum(row["lengths"]) if row.get("lengths") else row["seqlen"]
 
 
 def peers(device: torch.device) -> tuple[dict[str, Builder], dict[str, str]]:
@@ -228,10 +191,12 @@ SUITE = Suite(
     peers=peers,
     draw=draw,
     reference=reference,
-    work=flops,
+    flops=flops,
+    traffic=traffic,
     ceiling=MATMUL,
     overhead=overhead,
     panel=panel,
     x_label="sequence length",
     refuse=refuse_beyond_memory,
+    checked=dict.fromkeys(ON_CUDA | ON_CPU, attention_peers.with_known_dropout),
 )

@@ -30,6 +30,7 @@ VARIANTS = {
             "QuACK": ("quack.cross_entropy", "cross_entropy", lambda f: lambda x, t: f(x, t).mean().to(x.dtype)),
         },
         traffic=(1, 2),  # logits; logits → dlogits
+        flops=(4, 4),  # max, −, exp, Σ; −, exp, − the target's 1, ·dloss
     )
 }
 
@@ -42,4 +43,6 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     }
 
 
-SUITE = row_suite("cross_entropy", VARIANTS, row_presets(list(VARIANTS), (8192, 32768, 50257, 65536, 131072, 262144)), overhead)
+LENGTHS = (8192, 32768, 50257, 65536, 131072, 262144)
+PRESETS = row_presets(list(VARIANTS), LENGTHS, of_model=lambda model: [("cross_entropy", model.vocab_size)])
+SUITE = row_suite("cross_entropy", VARIANTS, PRESETS, overhead)

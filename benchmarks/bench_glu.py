@@ -11,7 +11,8 @@ from torch import Tensor
 
 import fastattn
 
-from .rows import RowShape, Variant, row_presets, row_suite
+from .models import Model
+from .rows import RowShape, Variant, forward_only, row_presets, row_suite
 
 _LIGER = "liger_kernel.transformers.functional"
 
@@ -41,13 +42,19 @@ VARIANTS = {
         torch=lambda gate, up: F.silu(gate) * up,
         others={"Liger": (_LIGER, "liger_swiglu", lambda f: f)},
         traffic=(3, 5),  # gate, up → y; gate, up, dy → dgate, dup
+        flops=(6, 12),  # −, exp, +, ÷, ·gate, ·up; those, and σ', dy·up, dy·silu and their products
     ),
     "swiglu_packed": Variant(
         draw=_packed,
         reference=fastattn.reference.swiglu,
         ours=fastattn.swiglu,
         torch=_halves(F.silu),
+        others={
+            "FlashInfer": ("flashinfer", "silu_and_mul", forward_only(lambda f: f)),
+            "vLLM": ("vllm.model_executor.layers.activation", "SiluAndMul", forward_only(lambda layer: layer().forward_cuda)),
+        },
         traffic=(3, 5),
+        flops=(6, 12),
     ),
     "geglu": Variant(
         draw=_separate,
@@ -56,6 +63,7 @@ VARIANTS = {
         torch=lambda gate, up: F.gelu(gate, approximate="tanh") * up,
         others={"Liger": (_LIGER, "liger_geglu", lambda f: f)},
         traffic=(3, 5),
+        flops=(11, 22),  # a cubic, tanh as exp, +, ÷, and the products; its derivative
     ),
 }
 
@@ -68,4 +76,9 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     }
 
 
-SUITE = row_suite("glu", VARIANTS, row_presets(list(VARIANTS), (1024, 2048, 4096, 8192, 14336)), overhead)
+def _of_model(model: Model) -> list[tuple[str, int]]:
+    return [(model.activation, model.intermediate_size)] if model.activation in VARIANTS else []
+
+
+LENGTHS = (1024, 2048, 4096, 8192, 14336)
+SUITE = row_suite("glu", VARIANTS, row_presets(list(VARIANTS), LENGTHS, of_model=_of_model), overhead)

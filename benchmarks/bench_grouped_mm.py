@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 import fastattn
 
 from . import bench_moe
+from .models import MIXTURES, QWEN3_30B_A3B, Model
 from .rows import Variant, row_suite
 from .suite import MATMUL
 
@@ -21,10 +22,11 @@ from .suite import MATMUL
 class Shape(bench_moe.Shape):
     """"up": x[gather] of (T, H), T·K rows, times (E, 2·I, H). "down": (T·K, I) times (E, H, I)."""
 
-    function: str
+    function: str = "up"
 
     def id(self, dtype: str) -> str:
-        return f"{self.function}-{super().id(dtype)}"
+        name = super().id(dtype)
+        return f"{self.model}-{self.function}{name.removeprefix(self.model)}" if self.model else f"{self.function}-{name}"
 
     @property
     def product(self) -> tuple[int, int]:
@@ -57,14 +59,13 @@ def _scattermoe(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 SCATTERMOE = {"ScatterMoE": ("scattermoe.parallel_experts", "parallel_linear", _scattermoe)}
-VARIANTS = {  # traffic: `_work` has it
+VARIANTS = {
     "up": Variant(
         draw=_draw,
         reference=lambda x, w, offsets, gather, order: fastattn.reference.grouped_mm(x, w, offsets, gather=gather),
         ours=lambda x, w, offsets, gather, order: fastattn.grouped_mm(x, w, offsets, gather=gather),
         torch=lambda x, w, offsets, gather, order: F.grouped_mm(x[gather], w.transpose(1, 2), offs=offsets),
         others=SCATTERMOE,
-        traffic=(0, 0),
     ),
     "down": Variant(
         draw=_draw,
@@ -72,20 +73,31 @@ VARIANTS = {  # traffic: `_work` has it
         ours=fastattn.grouped_mm,
         torch=lambda x, w, offsets: F.grouped_mm(x, w.transpose(1, 2), offs=offsets),
         others=SCATTERMOE,
-        traffic=(0, 0),
     ),
 }
 
 
-def _work(shape: Shape, which: str, itemsize: int) -> float:
+def _flops(shape: Shape, mode: str) -> float:
     # one product forward, two backward
     cols, size = shape.product
-    return 2 * shape.num_tokens * shape.top_k * cols * size * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[which]
+    return 2 * shape.num_tokens * shape.top_k * cols * size * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[mode]
+
+
+def _traffic(shape: Shape, mode: str, itemsize: int) -> float:
+    # x, w → y; x, w, dy → dx, dw
+    cols, size = shape.product
+    x = (shape.num_tokens if shape.function == "up" else shape.num_tokens * shape.top_k) * size
+    w, y = shape.num_experts * cols * size, shape.num_tokens * shape.top_k * cols
+    return {"fwd": x + w + y, "bwd": 2 * x + 2 * w + y, "fwd+bwd": 3 * x + 3 * w + 2 * y}[mode] * itemsize
 
 
 def _shapes(*layers: tuple[int, int, int, int, int]) -> list[Shape]:
     """Both products of layers (T, H, I, E, K)."""
-    return [Shape(*layer, name) for name in VARIANTS for layer in layers]
+    return [Shape(*layer, function=name) for name in VARIANTS for layer in layers]
+
+
+def _of_models(tokens: int, models: Sequence[Model] = MIXTURES) -> list[Shape]:
+    return [Shape(*astuple(layer), function=name) for name in VARIANTS for layer in bench_moe.of_models((tokens,), models)]
 
 
 _SMALL = [(256, 512, 256, 16, 4), (1024, 512, 256, 16, 4)]
@@ -93,6 +105,8 @@ PRESETS = {
     ("cpu", "tiny"): _shapes((6, 16, 8, 4, 2)),
     ("cpu", "quick"): _shapes(*_SMALL),
     ("cpu", "full"): _shapes(*_SMALL, (2048, 768, 256, 128, 8)),
+    ("cpu", "model"): _of_models(256, (QWEN3_30B_A3B,)),
+    ("cuda", "model"): _of_models(8192),
     ("cuda", "tiny"): _shapes((64, 128, 64, 8, 2)),
     ("cuda", "quick"): _shapes((16384, 4096, 512, 128, 8)),
     ("cuda", "full"): _shapes((40960, 768, 256, 128, 8), (24576, 1536, 256, 128, 8), *((t, 4096, 512, 128, 8) for t in (2048, 16384))),
@@ -114,6 +128,6 @@ def panel(row: dict[str, Any]) -> tuple[str, float]:
 
 
 SUITE = row_suite(
-    "grouped_mm", VARIANTS, PRESETS, overhead, work=_work, ceiling=MATMUL, x_label="tokens",
+    "grouped_mm", VARIANTS, PRESETS, overhead, traffic=_traffic, flops=_flops, ceiling=MATMUL, x_label="tokens",
     panel=panel,
 )

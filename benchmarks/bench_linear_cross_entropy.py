@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastattn
 
+from .models import MODELS, SMALL, Model, labelled
 from .suite import MATMUL, OURS, Builder, Forward, Suite, find_peers, import_name
 
 BLOCK_LOGITS = 1 << 27  # entries of the largest piece of the logits that the reference holds
@@ -22,9 +23,14 @@ class Shape:
     num_tokens: int
     hidden_size: int
     vocab_size: int
+    model: str = ""
 
     def id(self, dtype: str) -> str:
-        return f"T{self.num_tokens}-H{self.hidden_size}-V{self.vocab_size}-{dtype}"
+        return labelled(self.model, f"T{self.num_tokens}-H{self.hidden_size}-V{self.vocab_size}-{dtype}")
+
+
+def _of_models(num_tokens: int, models: tuple[Model, ...]) -> list[Shape]:
+    return [Shape(num_tokens, model.hidden_size, model.vocab_size, model.name) for model in models]
 
 
 _LLAMA = Shape(8192, 4096, 128256)
@@ -32,16 +38,24 @@ PRESETS = {
     ("cpu", "tiny"): [Shape(16, 8, 50), Shape(5, 8, 33)],
     ("cpu", "quick"): [Shape(512, 256, 8192), Shape(512, 576, 49152)],
     ("cpu", "full"): [Shape(512, 256, 8192), Shape(512, 576, 49152), Shape(1024, 768, 50257)],
+    ("cpu", "model"): _of_models(512, SMALL),
+    ("cuda", "model"): _of_models(8192, MODELS),
     ("cuda", "tiny"): [Shape(256, 128, 1000), Shape(100, 128, 1001)],
     ("cuda", "quick"): [Shape(8192, 768, 50257), _LLAMA],
     ("cuda", "full"): [Shape(8192, 768, 50257), Shape(8192, 2048, 32000), Shape(4096, 4096, 128256), _LLAMA, Shape(8192, 2304, 256000)],
 }
 
 
-def flops(shape: Shape, which: str, itemsize: int) -> float:
+def flops(shape: Shape, mode: str) -> float:
     # one product of (T, H) and (V, H) forward; two such backward
     forward = 2 * shape.num_tokens * shape.hidden_size * shape.vocab_size
-    return forward * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[which]
+    return forward * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[mode]
+
+
+def traffic(shape: Shape, mode: str, itemsize: int) -> float:
+    # x, w; x, w → dx, dw; no logits
+    matrices = (shape.num_tokens + shape.vocab_size) * shape.hidden_size * itemsize
+    return matrices * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[mode]
 
 
 def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
@@ -88,6 +102,11 @@ def _liger(shape: Shape) -> Forward:
     return lambda x, weight, target: function(x, weight, target)
 
 
+def _quack(shape: Shape) -> Forward:
+    function = import_name("quack.linear_cross_entropy", "linear_cross_entropy")
+    return lambda x, weight, target: function(x, weight, target, reduction="mean")
+
+
 def _torch_fused(shape: Shape) -> Forward:
     return import_name("torch.nn.functional", "linear_cross_entropy")
 
@@ -98,10 +117,11 @@ ON_CPU: dict[str, Builder] = {
     "torch": lambda shape: _torch,
     "torch linear_cross_entropy": _torch_fused,
 }
-ON_CUDA = ON_CPU | {"torch.compile": _compiled, "Liger": _liger}
+ON_CUDA = ON_CPU | {"torch.compile": _compiled, "Liger": _liger, "QuACK": _quack}
 REQUIRES = {
     "torch linear_cross_entropy": ("torch.nn.functional", "linear_cross_entropy"),
     "Liger": ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+    "QuACK": ("quack.linear_cross_entropy", "linear_cross_entropy"),
 }
 
 
@@ -123,7 +143,8 @@ SUITE = Suite(
     peers=peers,
     draw=draw,
     reference=reference,
-    work=flops,
+    flops=flops,
+    traffic=traffic,
     ceiling=MATMUL,
     overhead=overhead,
     panel=lambda row: (f"H = {row['hidden_size']}", row["vocab_size"]),

@@ -11,27 +11,28 @@ from torch import Tensor
 
 import fastattn
 
+from .models import MODELS, labelled
 from .rows import Variant, row_suite
 from .suite import Forward
-
-HEADS = 32
 
 
 @dataclass(frozen=True)
 class Shape:
-    """num_rows queries of HEADS heads in num_splits parts; num_cols is the head dim."""
+    """num_rows queries of num_heads heads in num_splits parts; num_cols is the head dim."""
 
     function: str
     num_splits: int
     num_rows: int
     num_cols: int
+    num_heads: int = 32
+    model: str = ""
 
     def id(self, dtype: str) -> str:
-        return f"{self.function}-N{self.num_splits}-T{self.num_rows}-D{self.num_cols}-{dtype}"
+        return labelled(self.model, f"{self.function}-N{self.num_splits}-T{self.num_rows}-D{self.num_cols}-{dtype}")
 
 
 def _draw(shape: Shape, randn: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    out, lse = (shape.num_rows, HEADS, shape.num_cols), (HEADS, shape.num_rows)
+    out, lse = (shape.num_rows, shape.num_heads, shape.num_cols), (shape.num_heads, shape.num_rows)
     outs, lses = randn(shape.num_splits, *out), randn(shape.num_splits, *lse, dtype=torch.float32)
     return [outs, lses], [randn(*out, learnt=False), randn(*lse, dtype=torch.float32, learnt=False)]
 
@@ -58,15 +59,24 @@ MERGE = Variant(
     ours=fastattn.merge_attention,
     torch=_torch,
     others={"FlashInfer": ("flashinfer", "merge_states", _flashinfer)},
-    traffic=(0, 0),  # `_work` has it
 )
 
 
-def _work(shape: Shape, which: str, itemsize: int) -> float:
+def _traffic(shape: Shape, mode: str, itemsize: int) -> float:
     # outs → out; outs, dout → douts; an LSE a row beside each
     n, row = shape.num_splits, shape.num_cols * itemsize + 4
-    tensors = {"fwd": n + 1, "bwd": 2 * n + 1, "fwd+bwd": 3 * n + 2}[which]
-    return tensors * shape.num_rows * HEADS * row
+    tensors = {"fwd": n + 1, "bwd": 2 * n + 1, "fwd+bwd": 3 * n + 2}[mode]
+    return tensors * shape.num_rows * shape.num_heads * row
+
+
+def _flops(shape: Shape, mode: str) -> float:
+    # w·out, Σ over the parts; dout·out, Σ, w·dout of each
+    elements = shape.num_splits * shape.num_rows * shape.num_heads * shape.num_cols
+    return {"fwd": 2, "bwd": 3, "fwd+bwd": 5}[mode] * elements
+
+
+def _model_shapes(rows: int) -> list[Shape]:
+    return [Shape("merge", 2, rows, model.head_dim, model.num_heads, model.name) for model in MODELS]
 
 
 def _shapes(name: str, splits: tuple[int, ...], rows: tuple[int, ...], dims: tuple[int, ...]) -> list[Shape]:
@@ -77,6 +87,8 @@ PRESETS = {
     ("cpu", "tiny"): _shapes("merge", (2,), (3,), (16,)) + _shapes("combine", (20,), (1,), (16,)),
     ("cpu", "quick"): _shapes("merge", (2,), (1024,), (128,)) + _shapes("combine", (64,), (4,), (128,)),
     ("cpu", "full"): _shapes("merge", (2, 4), (1024, 4096), (64, 128)) + _shapes("combine", (16, 64), (1, 16), (128,)),
+    ("cpu", "model"): _model_shapes(512),
+    ("cuda", "model"): _model_shapes(8192),
     ("cuda", "tiny"): _shapes("merge", (2,), (64,), (64,)) + _shapes("combine", (20,), (1,), (64,)),
     ("cuda", "quick"): _shapes("merge", (2,), (16384,), (128,)) + _shapes("combine", (64,), (1, 8), (128,)),
     ("cuda", "full"): _shapes("merge", (2, 4, 8), (4096, 16384), (64, 128)) + _shapes("combine", (8, 32, 128, 256), (1, 8, 32), (64, 128)),
@@ -89,6 +101,6 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
 
 
 SUITE = row_suite(
-    "merge_attention", {"merge": MERGE, "combine": MERGE}, PRESETS, overhead, work=_work, x_label="parts",
+    "merge_attention", {"merge": MERGE, "combine": MERGE}, PRESETS, overhead, traffic=_traffic, flops=_flops, x_label="parts",
     panel=lambda row: (f"{row['function']}, T = {row['num_rows']}, D = {row['num_cols']}", row["num_splits"]),
 )  # fmt: skip

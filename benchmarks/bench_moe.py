@@ -4,7 +4,7 @@ SonicMoE publishes figures of them and of its peers (arXiv 2512.14080)."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastattn
 
+from .models import MIXTURES, QWEN3_30B_A3B, Model, labelled
 from .suite import MATMUL, OURS, Builder, Forward, Suite, find_peers, import_name
 
 
@@ -24,9 +25,16 @@ class Shape:
     intermediate_size: int
     num_experts: int
     top_k: int
+    model: str = ""
 
     def id(self, dtype: str) -> str:
-        return f"T{self.num_tokens}-H{self.hidden_size}-I{self.intermediate_size}-E{self.num_experts}-K{self.top_k}-{dtype}"
+        name = f"T{self.num_tokens}-H{self.hidden_size}-I{self.intermediate_size}-E{self.num_experts}-K{self.top_k}-{dtype}"
+        return labelled(self.model, name)
+
+
+def of_models(tokens: tuple[int, ...], models: Sequence[Model] = MIXTURES) -> list[Shape]:
+    """Their layers, as if every one had a plain SwiGLU between its matrices: gpt-oss has biases and a clamp there."""
+    return [Shape(t, m.hidden_size, m.intermediate_size, m.num_experts, m.top_k, m.name) for m in models for t in tokens]
 
 
 _1B, _7B = Shape(40960, 768, 256, 128, 8), Shape(24576, 1536, 256, 128, 8)
@@ -38,16 +46,26 @@ PRESETS = {
     ("cpu", "tiny"): [Shape(64, 64, 32, 8, 2), Shape(37, 32, 24, 6, 1)],
     ("cpu", "quick"): _SMALL,
     ("cpu", "full"): [*_SMALL, Shape(256, 768, 256, 128, 8), Shape(2048, 768, 256, 128, 8)],
+    ("cpu", "model"): of_models((256,), (QWEN3_30B_A3B,)),  # the others' weights, and their gradients in float64, fill a small machine
+    ("cuda", "model"): of_models((8192,)),
     ("cuda", "tiny"): [Shape(256, 128, 64, 8, 2), Shape(100, 128, 64, 8, 2)],
     ("cuda", "quick"): [_7B, _30B[-1]],
     ("cuda", "full"): [_1B, _7B, *_30B, _30B_COARSE, _120B],
 }
 
 
-def flops(shape: Shape, which: str, itemsize: int) -> float:
+def flops(shape: Shape, mode: str) -> float:
     # three products of (T·K, H) and (H, I) or back forward, two such each backward
     forward = 6 * shape.num_tokens * shape.top_k * shape.hidden_size * shape.intermediate_size
-    return forward * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[which]
+    return forward * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[mode]
+
+
+def traffic(shape: Shape, mode: str, itemsize: int) -> float:
+    # x, the chosen experts' weights → out; x, dout, weights → dx, and every expert's gradient
+    tokens, matrices = shape.num_tokens * shape.hidden_size, 3 * shape.hidden_size * shape.intermediate_size
+    chosen = matrices * len(choose(shape).unique())
+    forward, backward = 2 * tokens + chosen, 3 * tokens + chosen + matrices * shape.num_experts
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode] * itemsize
 
 
 @functools.cache
@@ -142,6 +160,12 @@ def build_liger(shape: Shape) -> Forward:
     return lambda x, index, weights, gate_up, down: function.apply(x, gate_up, down, index.int(), weights)
 
 
+def build_vllm(shape: Shape) -> Forward:
+    """Forward only."""
+    function = import_name("vllm.model_executor.layers.fused_moe", "fused_experts")
+    return torch.no_grad()(lambda x, index, weights, gate_up, down: function(x, gate_up, down, weights, index.int()))
+
+
 ON_CPU: dict[str, Builder] = {
     OURS: lambda shape: fastattn.moe,
     "naive": lambda shape: fastattn.reference.moe,
@@ -149,6 +173,7 @@ ON_CPU: dict[str, Builder] = {
 }
 ON_CUDA = ON_CPU | {
     "torch.compile": build_compiled, "ScatterMoE": build_scattermoe, "SonicMoE": build_sonicmoe, "Liger": build_liger,
+    "vLLM": build_vllm,
 }  # fmt: skip
 REQUIRES = {
     "torch": ("torch.nn.functional", "grouped_mm"),
@@ -156,6 +181,7 @@ REQUIRES = {
     "ScatterMoE": ("scattermoe.parallel_experts", "parallel_linear"),
     "SonicMoE": ("sonicmoe", "moe_general_routing_inputs"),
     "Liger": ("liger_kernel.ops.fused_moe", "LigerFusedMoEFunction"),
+    "vLLM": ("vllm.model_executor.layers.fused_moe", "fused_experts"),
 }
 
 
@@ -181,7 +207,8 @@ SUITE = Suite(
     peers=peers,
     draw=draw,
     reference=reference,
-    work=flops,
+    flops=flops,
+    traffic=traffic,
     ceiling=MATMUL,
     overhead=overhead,
     panel=panel,

@@ -12,13 +12,11 @@ from torch import Tensor
 import fastattn
 
 from . import bench_moe
-from .bench_moe import Shape, choose
+from .bench_moe import Shape, choose, of_models
+from .models import QWEN3_30B_A3B
 from .suite import COPY, Builder, Forward, Suite, find_peers, import_name
 
 COPIED_AT_MOST = 1 << 32  # bytes of weights that the peer with a copy for each slot may make
-
-# hidden size, an expert's inner size, experts, experts a token; the third is gpt-oss-20b, here without its biases and clamps
-MIXTRAL, QWEN3_30B, GPT_OSS_20B = (4096, 14336, 8, 2), (2048, 768, 128, 8), (2880, 2880, 32, 4)
 
 
 def _shapes(tokens: tuple[int, ...], *layers: tuple[int, int, int, int]) -> list[Shape]:
@@ -29,13 +27,15 @@ PRESETS = {
     ("cpu", "tiny"): _shapes((1, 3), (16, 8, 4, 2)),
     ("cpu", "quick"): _shapes((1, 8, 64), (512, 256, 32, 4)),
     ("cpu", "full"): _shapes((1, 8, 64), (512, 256, 32, 4), (2048, 768, 32, 8)),
+    ("cpu", "model"): of_models((1, 8), (QWEN3_30B_A3B,)),
     ("cuda", "tiny"): _shapes((1, 8), (128, 64, 8, 2)),
-    ("cuda", "quick"): _shapes((1, 8, 64), QWEN3_30B),
-    ("cuda", "full"): _shapes((1, 8, 64), MIXTRAL, QWEN3_30B, GPT_OSS_20B),
+    ("cuda", "quick"): of_models((1, 8, 64), (QWEN3_30B_A3B,)),
+    ("cuda", "full"): of_models((1, 8, 64)),
+    ("cuda", "model"): of_models((1, 16, 64)),
 }
 
 
-def traffic(shape: Shape, which: str, itemsize: int) -> float:
+def traffic(shape: Shape, mode: str, itemsize: int) -> float:
     # the weights of each expert that some token chose, once; tokens in, tokens out
     weights = 3 * shape.hidden_size * shape.intermediate_size * len(choose(shape).unique())
     return (weights + 2 * shape.num_tokens * shape.hidden_size) * itemsize
@@ -100,10 +100,11 @@ SUITE = Suite(
     peers=peers,
     draw=draw,
     reference=bench_moe.reference,
-    work=traffic,
+    flops=bench_moe.flops,
+    traffic=traffic,
     ceiling=COPY,
     overhead=overhead,
     panel=bench_moe.panel,
     x_label="tokens",
-    passes=("fwd",),
+    modes=("fwd",),
 )

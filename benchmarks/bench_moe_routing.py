@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastattn
 
+from .models import MIXTURES, labelled
 from .rows import Variant, row_suite
 from .suite import by_backend
 
@@ -26,9 +27,11 @@ class Shape:
     num_experts: int
     top_k: int
     num_cols: int
+    model: str = ""
 
     def id(self, dtype: str) -> str:
-        return f"{self.function}-T{self.num_rows}-E{self.num_experts}-K{self.top_k}-H{self.num_cols}-{dtype}"
+        name = f"{self.function}-T{self.num_rows}-E{self.num_experts}-K{self.top_k}-H{self.num_cols}-{dtype}"
+        return labelled(self.model, name)
 
 
 def _indices(shape: Shape, randn: Callable[..., Tensor]) -> Tensor:
@@ -81,10 +84,9 @@ DISPATCH = Variant(
     reference=lambda x, indices, experts: fastattn.reference.moe_gather(x, fastattn.reference.moe_dispatch(indices, len(experts))),
     ours=lambda x, indices, experts, **backend: fastattn.moe_gather(x, fastattn.moe_dispatch(indices, len(experts), **backend)),
     torch=_torch_dispatch,
-    traffic=(0, 0),
     has_backends=True,
 )
-VARIANTS = {  # traffic: `_work` has it
+VARIANTS = {
     "route": Variant(
         draw=_draw_route,
         reference=lambda logits, top_k: fastattn.reference.moe_route(logits, len(top_k), renormalize=True)[0],
@@ -92,7 +94,6 @@ VARIANTS = {  # traffic: `_work` has it
             logits, len(top_k), renormalize=True, return_plan=bool(backend), **backend
         )[0],
         torch=_torch_route,
-        traffic=(0, 0),
         has_backends=True,  # which sort too
     ),
     "dispatch": DISPATCH,
@@ -102,12 +103,11 @@ VARIANTS = {  # traffic: `_work` has it
         reference=lambda y, weights, *plan: fastattn.reference.moe_combine(y, plan, weights),
         ours=lambda y, weights, *plan: fastattn.moe_combine(y, fastattn.MoEPlan(*plan), weights),
         torch=_torch_combine,
-        traffic=(0, 0),
     ),
 }
 
 
-def _work(shape: Shape, which: str, itemsize: int) -> float:
+def _traffic(shape: Shape, mode: str, itemsize: int) -> float:
     tokens, slots = shape.num_rows, shape.num_rows * shape.top_k
     row = shape.num_cols * itemsize
     if shape.function == "route":  # logits → weights, ids; logits, dweights, ids → dlogits
@@ -116,14 +116,27 @@ def _work(shape: Shape, which: str, itemsize: int) -> float:
         forward, backward = (tokens + slots) * row + 12 * slots, (tokens + 2 * slots) * row + 16 * slots
     else:  # ids, twice, → order, inverse; x → y; dy → dx
         forward, backward = (tokens + slots) * row + 40 * slots, (tokens + slots) * row + 8 * slots
-    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[which]
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode]
 
 
-def _shapes(tokens: tuple[int, ...], models: tuple[tuple[int, int, int], ...]) -> list[Shape]:
+def _flops(shape: Shape, mode: str) -> float:
+    # a logit's max, −, exp, Σ, ÷ and its derivative's 4; nothing; a product and a sum of each slot's element, two of each backward
+    forward, backward, elements = {
+        "route": (5, 4, shape.num_rows * shape.num_cols),
+        "combine": (2, 3, shape.num_rows * shape.top_k * shape.num_cols),
+    }.get(shape.function, (0, 1, shape.num_rows * shape.top_k * shape.num_cols))
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode] * elements
+
+
+def _shapes(tokens: tuple[int, ...], models: tuple[tuple[int, int, int], ...], model: str = "") -> list[Shape]:
     """For models (E, K, H)."""
     return [
-        Shape(name, t, e, k, {"route": e, "sort": 8}.get(name, h)) for name in VARIANTS for t in tokens for e, k, h in models
+        Shape(name, t, e, k, {"route": e, "sort": 8}.get(name, h), model) for name in VARIANTS for t in tokens for e, k, h in models
     ]
+
+
+def _of_models(tokens: int) -> list[Shape]:
+    return [s for m in MIXTURES for s in _shapes((tokens,), ((m.num_experts, m.top_k, m.hidden_size),), m.name)]
 
 
 MIXTRAL, QWEN3, DEEPSEEK = (8, 2, 4096), (128, 8, 2048), (256, 8, 7168)
@@ -131,6 +144,8 @@ PRESETS = {
     ("cpu", "tiny"): _shapes((5,), ((8, 2, 16),)),
     ("cpu", "quick"): _shapes((1024,), (QWEN3,)),
     ("cpu", "full"): _shapes((1024, 4096), (MIXTRAL, QWEN3)),
+    ("cpu", "model"): _of_models(512),
+    ("cuda", "model"): _of_models(16384),
     ("cuda", "tiny"): _shapes((64,), ((8, 2, 64),)),
     ("cuda", "quick"): _shapes((16384,), (QWEN3,)),
     ("cuda", "full"): _shapes((64, 4096, 32768), (MIXTRAL, QWEN3, DEEPSEEK)),
@@ -155,6 +170,6 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
 
 
 SUITE = row_suite(
-    "moe_routing", VARIANTS, PRESETS, overhead, work=_work, x_label="tokens",
+    "moe_routing", VARIANTS, PRESETS, overhead, traffic=_traffic, flops=_flops, x_label="tokens",
     panel=lambda row: (f"{row['function']}, E = {row['num_experts']}, K = {row['top_k']}", row["num_rows"]),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastattn
 from fastattn.kv_cache import zeros
 
+from .models import MODELS, labelled
 from .suite import COPY, OURS, Builder, Forward, Suite, by_backend, find_peers, import_name
 
 CACHES = {"": None, "int8": torch.int8, "e4m3": torch.float8_e4m3fn}
@@ -34,14 +35,24 @@ class Shape:
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+    model: str = ""
 
     def id(self, dtype: str) -> str:
         prefix, cache = f"-prefix{self.prefix}" * bool(self.prefix), f"-{self.cache}" * bool(self.cache)
-        return f"{self.function}-B{self.batch}-S{self.seqlen_q}x{self.seqlen_k}-page{self.page_size}{prefix}-{dtype}{cache}"
+        name = f"{self.function}-B{self.batch}-S{self.seqlen_q}x{self.seqlen_k}-page{self.page_size}{prefix}-{dtype}{cache}"
+        return labelled(self.model, name)
 
 
 def _shapes(batches: tuple[int, ...], lengths: tuple[int, ...], pages: tuple[int, ...], caches: tuple[str, ...] = ("",)) -> list[Shape]:
     return [Shape("decode", b, n, p, cache=c) for b in batches for n in lengths for p in pages for c in caches]
+
+
+def _of_models(batches: tuple[int, ...], seqlen_k: int) -> list[Shape]:
+    return [
+        Shape("decode", b, seqlen_k, 16, num_heads=m.num_heads, num_kv_heads=m.num_kv_heads, head_dim=m.head_dim, model=m.name)
+        for m in MODELS
+        for b in batches
+    ]
 
 
 _TINY = [replace(s, num_heads=4, num_kv_heads=2, head_dim=16) for s in [
@@ -57,6 +68,8 @@ PRESETS = {
         *(Shape("prefill", 1, n, 16, 512) for n in (512, 4096)),
         *(Shape("prefix", 16, n, 16, prefix=n - 256) for n in (2048, 8192)),
     ],
+    ("cpu", "model"): _of_models((1, 16), 1024),
+    ("cuda", "model"): _of_models((1, 64), 8192),
     ("cuda", "tiny"): _TINY,
     ("cuda", "quick"): [
         *_shapes((1, 64), (8192,), (16, 64), ("", "e4m3")), Shape("decode", 1, 131072, 64), Shape("prefill", 4, 8192, 64, 1024),
@@ -104,11 +117,17 @@ def _scales(scales: list[Tensor] | tuple[Tensor, ...]) -> dict[str, Tensor]:
     return dict(zip(("k_scale", "v_scale"), scales))
 
 
-def work(shape: Shape, which: str, itemsize: int) -> float:
+def traffic(shape: Shape, mode: str, itemsize: int) -> float:
     # each key and value once, shared ones once for all; queries in, output out
     bytes_a_key = 2 * shape.num_kv_heads * shape.head_dim * (1 if shape.cache else itemsize)
     keys = shape.prefix + shape.batch * (shape.seqlen_k - shape.prefix)
     return keys * bytes_a_key + 2 * shape.batch * shape.seqlen_q * shape.num_heads * shape.head_dim * itemsize
+
+
+def flops(shape: Shape, mode: str) -> float:
+    # 4·D a pair of a query and a key that it sees; the last query sees them all, each one before it one less
+    pairs = shape.batch * shape.seqlen_q * (shape.seqlen_k - (shape.seqlen_q - 1) / 2)
+    return 4 * pairs * shape.num_heads * shape.head_dim
 
 
 def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
@@ -124,7 +143,7 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
 
 
 def panel(row: dict[str, Any]) -> tuple[str, float] | None:
-    if row["function"] != "decode":
+    if row["function"] != "decode" or row.get("model"):
         return None
     return f"B = {row['batch']}, page {row['page_size']}{' ' + row['cache'] if row['cache'] else ''}", row["seqlen_k"]
 
@@ -275,10 +294,11 @@ SUITE = Suite(
     ),
     draw=draw,
     reference=reference,
-    work=work,
+    flops=flops,
+    traffic=traffic,
     ceiling=COPY,
     overhead=overhead,
     panel=panel,
     x_label="keys",
-    passes=("fwd",),
+    modes=("fwd",),
 )

@@ -1,8 +1,9 @@
-"""Rotary embedding of queries and keys in one call: rows are tokens, num_cols is the head dim, 32 query and 8 key heads."""
+"""Rotary embedding of queries and keys in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +11,35 @@ from torch import Tensor
 
 import fastattn
 
-from .rows import RowShape, Variant, row_presets, row_suite
+from .models import GPT_2, MODELS, labelled
+from .rows import Variant, row_suite
 
-HEADS, KV_HEADS, BATCH = 32, 8, 4
+BATCH = 4
 
 
-def _draw(shape: RowShape, randn: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+@dataclass(frozen=True)
+class Shape:
+    """num_rows tokens; num_cols is the head dim."""
+
+    function: str
+    num_rows: int
+    num_cols: int
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    model: str = ""
+
+    def id(self, dtype: str) -> str:
+        return labelled(self.model, f"{self.function}-M{self.num_rows}-N{self.num_cols}-{dtype}")
+
+    @property
+    def elements(self) -> int:
+        """Of the queries and the keys."""
+        return self.num_rows * (self.num_heads + self.num_kv_heads) * self.num_cols
+
+
+def _draw(shape: Shape, randn: Callable[..., Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     seqlen, head_dim = max(1, shape.num_rows // BATCH), shape.num_cols
-    sizes = [(BATCH, seqlen, heads, head_dim) for heads in (HEADS, KV_HEADS)]
+    sizes = [(BATCH, seqlen, heads, head_dim) for heads in (shape.num_heads, shape.num_kv_heads)]
     angles = torch.arange(seqlen, device=randn.device)[:, None] * 10000.0 ** -(
         torch.arange(0, head_dim, 2, device=randn.device) / head_dim
     )
@@ -46,14 +68,26 @@ def _liger(function: Callable) -> Callable:
     return forward
 
 
+def _flash_attn(function: Callable) -> Callable:
+    """Queries and keys by a call each, its tables in their dtype."""
+
+    def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        return function(q, cos, sin), function(k, cos, sin)
+
+    return forward
+
+
 VARIANTS = {
     "rotary": Variant(
         draw=_draw,
         reference=fastattn.reference.apply_rotary,
         ours=fastattn.apply_rotary,
         torch=_rotate_half,
-        others={"Liger": ("liger_kernel.transformers.functional", "liger_rope", _liger)},
-        traffic=(2 * (HEADS + KV_HEADS), 2 * (HEADS + KV_HEADS)),  # q, k → q, k
+        others={
+            "Liger": ("liger_kernel.transformers.functional", "liger_rope", _liger),
+            "flash-attn": ("flash_attn.layers.rotary", "apply_rotary_emb", _flash_attn),
+        },
     )
 }
 
@@ -67,4 +101,35 @@ def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
     }
 
 
-SUITE = row_suite("rotary", VARIANTS, row_presets(list(VARIANTS), (64, 128, 256), rows=16384), overhead)
+def _traffic(shape: Shape, mode: str, itemsize: int) -> float:
+    # q, k → q, k; the backward is the same of their gradients
+    return 2 * shape.elements * itemsize * (2 if mode == "fwd+bwd" else 1)
+
+
+def _flops(shape: Shape, mode: str) -> float:
+    # two products and a sum of each element, either way
+    return 3 * shape.elements * (2 if mode == "fwd+bwd" else 1)
+
+
+def _shapes(num_rows: int, *dims: int) -> list[Shape]:
+    return [Shape("rotary", num_rows, d) for d in dims]
+
+
+def _model_shapes(num_rows: int) -> list[Shape]:
+    """Of all models but the one that learns its positions."""
+    return [Shape("rotary", num_rows, m.head_dim, m.num_heads, m.num_kv_heads, m.name) for m in MODELS if m is not GPT_2]
+
+
+PRESETS = {
+    ("cpu", "tiny"): _shapes(8, 32, 66),
+    ("cpu", "quick"): _shapes(1024, 64, 128),
+    ("cpu", "full"): _shapes(1024, 64, 128, 256),
+    ("cpu", "model"): _model_shapes(512),
+    ("cuda", "tiny"): _shapes(64, 64, 128),
+    ("cuda", "quick"): _shapes(16384, 64, 128),
+    ("cuda", "full"): _shapes(16384, 64, 128, 256),
+    ("cuda", "model"): _model_shapes(8192),
+}
+SUITE = row_suite(
+    "rotary", VARIANTS, PRESETS, overhead, traffic=_traffic, flops=_flops, x_label="head dim",
+)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastattn
 
+from .models import MODELS
 from .rows import RowShape, Variant, row_suite
 from .suite import BACKENDS, OURS, by_backend
 
@@ -59,8 +60,13 @@ def _of(options: dict[str, Any]) -> Variant:
         torch=_sorted(**options),
         others={"FlashInfer": ("flashinfer.sampling", "top_k_top_p_sampling_from_logits", _flashinfer(**options))},
         traffic=(1, 0),  # the logits once
+        flops=(5, 0),  # ÷T, max, exp, Σ and a comparison, whatever the search for the cut adds
         has_backends=True,
     )
+
+
+def _model_shapes(batches: tuple[int, ...]) -> list[RowShape]:
+    return [RowShape("sample_top_k_top_p", batch, model.vocab_size, model.name) for model in MODELS for batch in batches]
 
 
 def _shapes(batches: tuple[int, ...], vocabularies: tuple[int, ...], names: tuple[str, ...] = tuple(OPTIONS)) -> list[RowShape]:
@@ -71,6 +77,8 @@ PRESETS = {
     ("cpu", "tiny"): _shapes((2,), (100, 101)),
     ("cpu", "quick"): _shapes((1, 16), (32000,)),
     ("cpu", "full"): _shapes((1, 16, 64), (32000, 128256)),
+    ("cpu", "model"): _model_shapes((1, 16)),
+    ("cuda", "model"): _model_shapes((1, 64)),
     ("cuda", "tiny"): _shapes((4,), (1000, 1001)),
     ("cuda", "quick"): _shapes((1, 64), (128256,)),
     ("cuda", "full"): _shapes((1, 16, 64, 256), (32000, 50257, 128256)),
@@ -96,7 +104,7 @@ def _truth(shape: RowShape) -> Callable[[Tensor], Tensor]:
 
 # A draw is random: ours is held to the distribution it draws from, and a peer's draws are timed on trust.
 SUITE = row_suite(
-    "sampling", {name: _of(options) for name, options in OPTIONS.items()}, PRESETS, overhead, passes=("fwd",), x_label="vocabulary",
+    "sampling", {name: _of(options) for name, options in OPTIONS.items()}, PRESETS, overhead, modes=("fwd",), x_label="vocabulary",
     panel=lambda row: (f"{row['function']}, B = {row['num_rows']}", row["num_cols"]),
     checked={OURS: _probs, **{name: _truth for name in ("torch", "FlashInfer", *(f"{OURS} ({backend})" for backend in BACKENDS))}},
 )  # fmt: skip

@@ -37,7 +37,10 @@ VARIANTS = {
             "QuACK": ("quack.softmax", "softmax", lambda f: f),
         },
         traffic=(2, 3),  # x → y; y, dy → dx
+        flops=(5, 4),  # max, −, exp, Σ, ÷; y·dy, Σ, −, ·
         has_backends=True,
     )
 }
-SUITE = row_suite("softmax", VARIANTS, row_presets(list(VARIANTS)), overhead)
+SUITE = row_suite(
+    "softmax", VARIANTS, row_presets(list(VARIANTS), of_model=lambda model: [("softmax", model.vocab_size)]), overhead
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ import fastattn
 
 PACKAGES = (
     "triton", "numpy", "rich", "matplotlib", "transformers", "flash-attn", "flash-attn-4", "xformers", "liger-kernel", "quack-kernels",
-    "flashinfer-python",
+    "flashinfer-python", "sonic-moe", "scattermoe", "apex", "vllm",
 )  # fmt: skip
-_NVIDIA_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+_CONSTANT = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+_VARYING = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -30,6 +33,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["fastattn", *sys.argv[1:]]),
         "commit": commit(),
+        "changes": changes(),
         "fastattn": fastattn.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -62,8 +66,16 @@ def device_details(device: torch.device) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nvidia_smi": _nvidia_smi(device),
+        "nvidia_smi": _nvidia_smi(device, _CONSTANT),
     }
+
+
+def device_state(device: torch.device) -> dict[str, Any]:
+    """What may differ between the start and the end of a run, and is only ever read: a GPU's clocks, temperature and power; of a CPU, how
+    many processes want it (the load of the last minute)."""
+    if device.type == "cuda":
+        return _nvidia_smi(device, _VARYING) or {}
+    return {"load": round(os.getloadavg()[0], 2)} if hasattr(os, "getloadavg") else {}
 
 
 def _cpu_name() -> str:
@@ -75,8 +87,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _nvidia_smi(device: torch.device) -> dict[str, str] | None:
-    """Driver and clocks as nvidia-smi gives them now; None where there is no nvidia-smi."""
+def _nvidia_smi(device: torch.device, fields: Sequence[str]) -> dict[str, str] | None:
+    """Fields of this device as nvidia-smi gives them now; None where there is no nvidia-smi."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -84,10 +96,10 @@ def _nvidia_smi(device: torch.device) -> dict[str, str] | None:
     # by UUID: nvidia-smi does not number devices as CUDA_VISIBLE_DEVICES does
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     which = f"GPU-{uuid}" if uuid is not None else str(index)
-    query = [command, f"--query-gpu={','.join(_NVIDIA_SMI_FIELDS)}", "--format=csv,noheader", f"--id={which}"]
+    query = [command, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={which}"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
     values = [value.strip() for value in answer.stdout.split(",")]
-    return dict(zip(_NVIDIA_SMI_FIELDS, values)) if answer.returncode == 0 else None
+    return dict(zip(fields, values)) if answer.returncode == 0 else None
 
 
 def checkout() -> Path | None:
@@ -98,11 +110,22 @@ def checkout() -> Path | None:
 
 def commit() -> str | None:
     """The checkout's commit, "+changes" behind it where files differ from it; else $COMMIT; else None."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return os.environ.get("COMMIT") or None
+    return head.strip() + ("+changes" if changes() else "")
+
+
+def changes() -> str | None:
+    """A hash of how the checkout's files differ from the commit, so that two states of it can be told apart; None where they do not."""
+    difference = _git("diff", "HEAD", "--", ".", ":(exclude)benchmarks/results")  # where a run itself may write
+    return hashlib.sha256(difference.encode()).hexdigest()[:12] if difference else None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about the checkout; None where there is no checkout, or no git."""
     root = checkout()
-    if root is not None and (root / ".git").exists() and shutil.which("git"):
-        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-        if head.returncode == 0:
-            status = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
-            changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
-            return head.stdout.strip() + ("+changes" if changed else "")
-    return os.environ.get("COMMIT") or None
+    if root is None or not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else None

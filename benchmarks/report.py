@@ -1,16 +1,16 @@
-"""What a person sees: tables, a progress bar, a plot. rich and matplotlib where installed, plain text where not."""
+"""What a person sees in a terminal: tables, a progress bar; and plots as PNG. rich and matplotlib where installed, plain text where not."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .suite import Suite
+from .suite import MODES, OURS, Suite
 
 PIPED_WIDTH = 240  # columns of a table that goes to a file or a pipe, where no terminal says how wide it is
 
@@ -60,34 +60,42 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     return "\n".join(lines)
 
 
+def time_left(elapsed: float, done: int, total: int) -> str:
+    """As far as the steps that are done tell: rows differ."""
+    if not done:
+        return ""
+    seconds = round(elapsed / done * (total - done))
+    return f"about {seconds // 60} min {seconds % 60:02d} s left" if seconds >= 60 else f"about {seconds} s left"
+
+
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Any]:
     """Gives `step(description)`, to be called when each of `total` steps begins."""
-    console = _console(stderr=True)
+    console, begun, start = _console(stderr=True), 0, time.monotonic()
     if console is None or not console.is_terminal:
-        done = 0
 
         def step(description: str) -> None:
-            nonlocal done
-            done += 1
-            print(f"[{done}/{total}] {description}", file=sys.stderr, flush=True)
+            nonlocal begun
+            left = time_left(time.monotonic() - start, begun, total)
+            begun += 1
+            print(f"[{begun}/{total}] {description}{left and ', ' + left}", file=sys.stderr, flush=True)
 
         yield step
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.fields[title]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
-        task = bar.add_task("", total=total, title=title)
-        begun = 0
+    with Progress(*columns, TextColumn("{task.fields[left]}  {task.description}"), console=console) as bar:
+        task = bar.add_task("", total=total, title=title, left="")
 
         def step(description: str) -> None:
             nonlocal begun
-            bar.update(task, completed=begun, description=description)
+            left = time_left(time.monotonic() - start, begun, total)
+            bar.update(task, completed=begun, description=description, left=left)
             begun += 1
 
         yield step
-        bar.update(task, completed=total, description="")
+        bar.update(task, completed=total, description="", left="")
 
 
 # One colour a name in every plot, chosen to stay apart for colour-blind readers; ours is the dark one.
@@ -96,7 +104,8 @@ COLOURS = {
     "SDPA efficient": "#56B4E9", "SDPA math": "#CC79A7", "FlexAttention": "#E69F00", "flash-attn": "#D55E00",
     "flash-attn-4": "#882255", "xformers": "#8C6D31", "torch": "#0072B2", "torch.compile": "#56B4E9",
     "Liger": "#D55E00", "QuACK": "#009E73", "FlashInfer": "#E69F00", "torch batched_mm": "#009E73", "ScatterMoE": "#E69F00",
-    "SonicMoE": "#CC79A7", "triton_kernels": "#882255",
+    "SonicMoE": "#CC79A7", "triton_kernels": "#882255", "flash-attn-3": "#AA4466", "apex": "#CC79A7", "vLLM": "#8C6D31",
+    "vLLM Triton": "#8C6D31", "torch varlen_attn": "#44AA99", "naive, compiled": "#DDAA33",
 }  # fmt: skip
 
 
@@ -159,124 +168,132 @@ def _draw_panel(axes: Any, panel: dict[str, Any], first_column: bool, last_line:
 # --------------------------------------------------------------------------------------------------------------------
 # A benchmark's result.
 
-OURS = "fastattn"
 SMALLEST = "torch.ops.aten.add"  # a call of torch's that does next to nothing: what others' host time is measured in
-TITLES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward + backward"}
 
 
-def print_result(suite: Suite, result: dict[str, Any], names: Sequence[str], base: dict[str, Any] | None) -> None:
-    """The tables of one benchmark, and what there is to say about them."""
-    ceilings, where = result["ceilings"], result["provenance"]
-    flops, factor = ("TFLOP/s", 1.0) if ceilings["matmul_tflops"] >= 10 else ("GFLOP/s", 1e3)
-    print(
-        f"\nfastattn {where['fastattn']} (commit {where['commit']}) on {where['device']['name']}, torch {where['torch']}"
-    )
-    print(
-        f"ceilings of this run: matmul {ceilings['matmul_tflops'] * factor:.0f} {flops}, copy {ceilings['copy_gbps']:.0f} GB/s "
-        f"({where['threads']} CPU threads)"
-    )
-    print("each peer: its time over fastattn's (above 1, fastattn is faster), and its own ms in brackets")
-    peer_names = [name for name in names if name != OURS]
-    unit, _ = suite.ceiling.unit(ceilings[suite.ceiling.name])
-    header = ["shape", "ms", unit, f"% of {suite.ceiling.what}", *peer_names]
-    has_peaks = any(f["peak_bytes"] for row in result["rows"] for figures in row["passes"].values() for f in figures.values())
-    header += ["peak MB"] if has_peaks else []
-    base_rows = {row["id"]: row for row in base["rows"]} if base else {}
-    if base:
-        header.append(f"base {str(base['provenance']['commit'])[:9]}")
-        if base["provenance"]["device"]["name"] != where["device"]["name"]:
-            print(f"the base was measured on another device: {base['provenance']['device']['name']}")
-    for which, title in TITLES.items():
-        rows = [
-            _table_row(suite, result, row, which, peer_names, has_peaks, base_rows.get(row["id"], {}) if base else None)
-            for row in result["rows"]
-            if which in row["passes"] or (not row["verified"] and which in suite.passes)
-        ]
+def print_op(suite: Suite, result: Mapping[str, Any], names: Sequence[str]) -> None:
+    """The tables of one op, and what there is to say about them."""
+    entry, where = result["ops"][suite.op], result["provenance"]
+    print(f"\n{suite.op}: fastattn {where['fastattn']} (commit {where['commit']}) on {where['device']['name']}, torch {where['torch']}")
+    for dtype, ceilings in result["ceilings"].items():
+        flops, factor = ("TFLOP/s", 1.0) if ceilings["matmul_tflops"] >= 10 else ("GFLOP/s", 1e3)
+        rates = f"matmul {ceilings['matmul_tflops'] * factor:.0f} {flops}, copy {ceilings['copy_gbps']:.0f} GB/s"
+        print(f"ceilings of this run in {dtype}: {rates} ({where['threads']} CPU threads)")
+    print("each peer: its time over fastattn's (above 1, fastattn is faster; ≈: within the resolution), and its ms in brackets")
+    peers = [name for name in names if name != OURS]
+    for mode, title in MODES.items():
+        rows = [row for row in entry["rows"] if mode in row["modes"] or (not row["verified"] and mode in suite.modes)]
         if rows:
-            print_table(f"{suite.op}, {title}", header, rows)
-    _print_remarks(result)
+            header, cells = _table(suite, result["ceilings"], rows, mode, peers)
+            print_table(f"{suite.op}, {title}", header, cells)
+    _print_remarks(entry)
 
 
-def _table_row(
-    suite: Suite, result: dict[str, Any], row: dict[str, Any], which: str, peer_names: Sequence[str], has_peaks: bool,
-    base_row: dict[str, Any] | None,
-) -> list[str]:  # fmt: skip
-    width = len(peer_names) + has_peaks + (base_row is not None)
-    if not row["verified"]:
-        return [f"!{row['id']}", "!WRONG", "", "", *[""] * width]
-    figures = row["passes"][which]
-    ours = figures.get(OURS)
-    if ours is None:
-        return [row["id"], "!failed", "", "", *[""] * width]
-    _, factor = suite.ceiling.unit(result["ceilings"][suite.ceiling.name])
-    rate, percent = ours[suite.ceiling.rate] * factor, ours[f"percent_of_{suite.ceiling.what}"]
-    cells = [row["id"], f"{ours['ms']:.3f}", f"{rate:.1f}", f"{percent:.0f}"]
-    cells += [_ratio(figures[n]["ms"], ours["ms"]) if n in figures else "–" for n in peer_names]
-    if has_peaks:
-        cells.append(_peaks(figures, peer_names))
-    if base_row is not None:
-        old = base_row.get("passes", {}).get(which, {}).get(OURS)
-        cells.append(_ratio(old["ms"], ours["ms"]) if old else "–")
-    return cells
+# What stands beside a peer-independent figure only where some row has it: header, and the cell of our figure.
+_OPTIONAL = {
+    "graph_ms": ("graph ms", lambda ours, others: f"{ours['graph_ms']:.3f}" if ours["graph_ms"] else "–"),
+    "peak_bytes": ("peak MB", lambda ours, others: _peaks(ours, others)),
+}
 
 
-def _ratio(theirs: float, ours: float) -> str:
-    return f"{theirs / ours:.2f}× ({theirs:.3f})"
+def _table(
+    suite: Suite, ceilings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mode: str, peers: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    peak = max((c[suite.ceiling.name] for c in ceilings.values()), default=0.0)
+    unit, factor = suite.ceiling.unit(peak)
+    measured = [figures[OURS] for row in rows if OURS in (figures := row["modes"].get(mode, {}))]
+    optional = [name for name in _OPTIONAL if any(figure.get(name) is not None for figure in measured)]
+    header = ["shape", "ms", "±", unit, f"% of {suite.ceiling.what}", "% of roofline"]
+    header += [*(_OPTIONAL[name][0] for name in optional), *peers]
+    cells = []
+    for row in rows:
+        figures = row["modes"].get(mode, {})
+        ours = figures.get(OURS)
+        if ours is None:
+            verdict = "failed" if row["verified"] else "WRONG"
+            cells.append([f"!{row['id']}", f"!{verdict}", *[""] * (len(header) - 2)])
+            continue
+        line = [row["id"], f"{ours['ms']:.3f}", f"{ours['resolution']:.0%}", f"{ours[suite.ceiling.rate] * factor:.1f}"]
+        line += [f"{ours[share]:.0f}" for share in ("percent_of_ceiling", "percent_of_roofline")]
+        line += [_OPTIONAL[name][1](ours, [figures[n] for n in peers if n in figures]) for name in optional]
+        cells.append([*line, *(f"{ratio_text(figures[n])} ({figures[n]['ms']:.3f})" if n in figures else "–" for n in peers)])
+    return header, cells
 
 
-def _peaks(figures: dict[str, Any], peer_names: Sequence[str]) -> str:
+def ratio_text(figure: Mapping[str, Any]) -> str:
+    """A peer's time over ours; ≈ where it may be 1."""
+    return "≈" if is_level(figure) else f"{figure['ratio']:.2f}×"
+
+
+def is_level(figure: Mapping[str, Any]) -> bool:
+    """Whether a peer's ratio lies within the resolution of the measurement."""
+    return max(figure["ratio"], 1 / figure["ratio"]) - 1 <= figure["resolution"]
+
+
+def _peaks(ours: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     """Ours, and the least of the peers': what a call allocates at most beyond its inputs."""
-    peers = [figures[n]["peak_bytes"] for n in peer_names if n in figures]
+    peers = [figure["peak_bytes"] for figure in others]
     least = f" (peers ≥ {min(peers) / 2**20:.0f})" if peers else ""
-    return f"{figures[OURS]['peak_bytes'] / 2**20:.0f}{least}"
+    return f"{ours['peak_bytes'] / 2**20:.0f}{least}"
 
 
-def _print_remarks(result: dict[str, Any]) -> None:
+def _print_remarks(entry: Mapping[str, Any]) -> None:
     print_table(
         "host time of one call on tiny tensors",
         ("call", "µs", "× aten.add"),
-        [(name, f"{us:.1f}", f"{us / result['overhead_us'][SMALLEST]:.1f}") for name, us in result["overhead_us"].items()],
+        [(name, f"{us:.1f}", f"{us / entry['overhead_us'][SMALLEST]:.1f}") for name, us in entry["overhead_us"].items()],
     )
-    for row in result["rows"]:
+    for row in entry["rows"]:
         if not row["verified"]:
             failed = {n: c for n, c in row["checks"].items() if not c["passed"]}
             over = [f"{n} error {c['error']:.1e}, budget {c['budget']:.1e}" for n, c in failed.items()]
             print(f"WRONG, so without numbers: {row['id']}: {row.get('error') or '; '.join(over)}")
-    for name, reason in result["absent"].items():
+    for name, reason in entry["absent"].items():
         print(f"absent: {name} ({reason})")
-    left_out: dict[tuple[str, str], list[str]] = {}
-    for row in result["rows"]:
-        for name, reason in row["left_out"].items():
-            left_out.setdefault((name, reason), []).append(row["id"])
-    for (name, reason), ids in left_out.items():
-        print(f"left out: {name} in {len(ids)} rows ({reason}): {', '.join(ids[:3])}{', …' if len(ids) > 3 else ''}")
+    for what, key in (("left out", "left_out"), ("not captured as a CUDA graph", "not_captured")):
+        for (name, reason), ids in grouped_reasons(entry["rows"], key).items():
+            print(f"{what}: {name} in {len(ids)} rows ({reason}): {', '.join(ids[:3])}{', …' if len(ids) > 3 else ''}")
 
 
-def plot(suite: Suite, result: dict[str, Any], path: Path) -> str | None:
+def grouped_reasons(rows: Sequence[Mapping[str, Any]], key: str) -> dict[tuple[str, str], list[str]]:
+    """{(name, reason): row ids}"""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row.get(key, {}).items():
+            found.setdefault((name, reason), []).append(row["id"])
+    return found
+
+
+def panels(suite: Suite, result: Mapping[str, Any], mode: str, figure: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """{panel's title: {implementation: [(x, figure), …]}} of one mode, by the suite's panels; what lacks the figure is left out."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in result["ops"][suite.op]["rows"]:
+        if not row["verified"] or (place := suite.panel(row)) is None:
+            continue
+        title, x = place
+        for name, figures in row["modes"].get(mode, {}).items():
+            if figures.get(figure) is not None:
+                found.setdefault(title, {}).setdefault(name, []).append((x, figures[figure]))
+    return {title: {name: sorted(points) for name, points in lines.items()} for title, lines in found.items()}
+
+
+def plot(suite: Suite, result: Mapping[str, Any], path: Path) -> str | None:
     """Speed over size: forward above backward, a column for each panel of the suite. Returns why there is no plot, or None."""
-    peak, where = result["ceilings"][suite.ceiling.name], result["provenance"]
+    where, dtype = result["provenance"], result["ops"][suite.op]["rows"][0]["dtype"]
+    peak = result["ceilings"][dtype][suite.ceiling.name]
     unit, factor = suite.ceiling.unit(peak)
-    groups: dict[str, list[tuple[float, dict[str, Any]]]] = {}
-    for row in result["rows"]:
-        if row["verified"] and (place := suite.panel(row)) is not None:
-            groups.setdefault(place[0], []).append((place[1], row))
-    panels = []
-    for which in ("fwd", "bwd"):
-        for title, rows in groups.items():
-            lines: dict[str, list[tuple[float, float]]] = {}
-            for x, row in rows:
-                for name, figures in row["passes"].get(which, {}).items():
-                    lines.setdefault(name, []).append((x, figures[suite.ceiling.rate] * factor))
-            if lines:
-                panels.append(
-                    {
-                        "title": f"{TITLES[which]}, {title}", "x": suite.x_label, "y": unit, "ceiling": peak * factor,
-                        "what": suite.ceiling.what, "lines": lines,
-                    }
-                )  # fmt: skip
-    if not panels:
+    drawn, columns = [], 1
+    for mode in ("fwd", "bwd"):
+        of_mode = panels(suite, result, mode, suite.ceiling.rate)
+        columns = max(columns, len(of_mode))
+        for title, lines in of_mode.items():
+            scaled = {name: [(x, y * factor) for x, y in points] for name, points in lines.items()}
+            drawn.append({
+                "title": f"{MODES[mode]}, {title}", "x": suite.x_label, "y": unit, "ceiling": peak * factor,
+                "what": suite.ceiling.what, "lines": scaled,
+            })  # fmt: skip
+    if not drawn:
         return "no row to draw"
     name, commit = where["device"]["name"], str(where["commit"])[:9]
     footer = f"{name}, torch {where['torch']}, commit {commit}, {where['date'][:10]}; higher is better"
-    dtype = result["rows"][0]["dtype"]
-    return plot_lines(path, f"{suite.op}, {dtype}, {name}", panels, columns=len(groups), footer=footer)
+    return plot_lines(path, f"{suite.op}, {dtype}, {name}", drawn, columns=columns, footer=footer)

@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .models import MODELS, Model, labelled
 from .suite import COPY, OURS, Builder, Forward, Suite, backends, find_peers
 
 ROW_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 ELEMENTS_AT_MOST = 1 << 31  # of one tensor on a GPU: 16384 rows of 131072, as published figures have them
+
+
+def forward_only(wrap: Callable[[Callable], Forward]) -> Callable[[Callable], Forward]:
+    """For a peer without a backward: its outputs carry no gradient, so that it is held to the forward's mode."""
+    return lambda function: torch.no_grad()(wrap(function))
 
 
 @dataclass(frozen=True)
@@ -27,36 +33,47 @@ class RowShape:
     function: str
     num_rows: int
     num_cols: int
+    model: str = ""
 
     def id(self, dtype: str) -> str:
-        return f"{self.function}-M{self.num_rows}-N{self.num_cols}-{dtype}"
+        return labelled(self.model, f"{self.function}-M{self.num_rows}-N{self.num_cols}-{dtype}")
 
 
 @dataclass(frozen=True)
 class Variant:
     """One function: draw(shape, randn) gives its inputs and an upstream gradient for each output; implementations and reference take
-    the inputs; traffic is how many (M, N) tensors the forward and the backward read and write."""
+    the inputs; traffic is how many (M, N) tensors the forward and the backward read and write, flops what they compute an element, where
+    the suite does not count both by the shape."""
 
     draw: Callable[[Any, Callable[..., Tensor]], tuple[list[Tensor], list[Tensor]]]
     reference: Forward
     ours: Forward
-    traffic: tuple[float, float]
+    traffic: tuple[float, float] = (0, 0)
+    flops: tuple[float, float] = (0, 0)
     torch: Forward | None = None
     others: Mapping[str, tuple[str, str, Callable[..., Forward]]] = field(default_factory=dict)  # name → module, name, wrap(it)
     has_backends: bool = False  # ours takes backend=, as there are two kernels
 
 
-def row_presets(functions: Sequence[str], lengths: Sequence[int] = ROW_LENGTHS, rows: int = 32768) -> dict:
-    """Presets of every function over row lengths."""
+def row_presets(
+    functions: Sequence[str], lengths: Sequence[int] = ROW_LENGTHS, rows: int = 32768,
+    of_model: Callable[[Model], Sequence[tuple[str, int]]] = lambda model: (),
+) -> dict:
+    """Presets of every function over row lengths; of_model: the (function, row length) pairs that a model has."""
 
     def shapes(num_rows: int, lengths: Sequence[int]) -> list[RowShape]:
         return [
             RowShape(name, max(1, min(num_rows, ELEMENTS_AT_MOST // n)), n) for name in functions for n in lengths
         ]
 
+    def model_shapes(num_rows: int) -> list[RowShape]:
+        return [RowShape(name, num_rows, n, model.name) for model in MODELS for name, n in of_model(model)]
+
     return {
+        ("cpu", "model"): model_shapes(512),
+        ("cuda", "model"): model_shapes(8192),
         ("cpu", "tiny"): shapes(5, [min(lengths) // 2, min(lengths) + 2]),
-        ("cpu", "quick"): shapes(1024, [n for n in lengths if n in (1024, 8192, 32768)] or lengths[:2]),
+        ("cpu", "quick"): shapes(512, [n for n in lengths if n in (1024, 8192, 32768)] or lengths[:2]),
         ("cpu", "full"): shapes(1024, [n for n in lengths if n <= 65536]),
         ("cuda", "tiny"): shapes(64, lengths[:2]),
         ("cuda", "quick"): shapes(rows, [n for n in lengths if n in (1024, 4096, 16384, 131072)] or lengths[:2]),
@@ -132,16 +149,24 @@ def row_suite(op: str, variants: Mapping[str, Variant], presets: dict, overhead:
         names = [f"out{i}" for i in range(len(outs))] + [f"d{i}" for i, t in enumerate(cast) if t.requires_grad]
         return dict(zip(names, [*(out.detach() for out in outs), *grads], strict=True))
 
-    def work(shape: RowShape, which: str, itemsize: int) -> float:
+    def traffic(shape: RowShape, mode: str, itemsize: int) -> float:
         # tensors of M·N elements that have to be read or written once each
-        forward, backward = variants[shape.function].traffic
-        tensors = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[which]
-        return tensors * shape.num_rows * shape.num_cols * itemsize
+        return _of_mode(variants[shape.function].traffic, mode) * shape.num_rows * shape.num_cols * itemsize
+
+    def flops(shape: RowShape, mode: str) -> float:
+        # each element of M·N takes this many
+        return _of_mode(variants[shape.function].flops, mode) * shape.num_rows * shape.num_cols
 
     return Suite(
         op=op, presets=presets, peers=peers, draw=draw, reference=reference, overhead=overhead,
         **{
-            "work": work, "ceiling": COPY, "x_label": "columns",
+            "traffic": traffic, "flops": flops, "ceiling": COPY, "x_label": "columns",
             "panel": lambda row: (row["function"], row["num_cols"]), **options,
         },
     )  # fmt: skip
+
+
+def _of_mode(figures: tuple[float, float], mode: str) -> float:
+    """Of (forward, backward): one of them, or both."""
+    forward, backward = figures
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode]

@@ -1,10 +1,11 @@
-"""How a time is taken: warmed up, cold cache, interleaved between implementations, median."""
+"""How a time is taken: warmed up, cold cache, interleaved between implementations, median; and how far it can be told from another."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,14 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
 @dataclass(frozen=True)
 class Work:
-    """One thing to time: `run(prepare())`, of which only `run` is timed."""
+    """One thing to time: `run(prepare())`, of which only `run` is timed.
+
+    capture: what a CUDA graph records in place of `run`, where a replay needs what `run` frees: the tensors a forward pass saved.
+    """
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
+    capture: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,17 @@ class Measurement:
     ms: float
     spread_ms: float
     rounds: int
+
+
+def standard_error(figure: Mapping[str, Any]) -> float:
+    """That of a median, as a share of it, by the quartiles: 1.253·σ/√n with σ = IQR/1.349, as for a normal distribution."""
+    return 1.253 / 1.349 * figure["spread_ms"] / math.sqrt(figure["rounds"]) / figure["ms"]
+
+
+def resolution(a: Mapping[str, Any], b: Mapping[str, Any], repeated: float = 0.0, errors: float = 2.0) -> float:
+    """What the ratio of two figures may be off 1 by chance: `errors` standard errors of it, or `repeated`, what one implementation timed
+    twice differed from itself by, where that is more."""
+    return max(errors * math.hypot(standard_error(a), standard_error(b)), repeated)
 
 
 class Clock:
@@ -60,6 +76,18 @@ class Clock:
         end.record()
         return lambda: start.elapsed_time(end)
 
+    def replay(self, work: Work) -> Work:
+        """`work` recorded as a CUDA graph, which leaves the host one launch. Raises where the device cannot be left alone so long."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            work.run(work.prepare())  # what the first call on a stream sets up cannot be recorded
+            argument = work.prepare()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            (work.capture or work.run)(argument)
+        return Work(lambda kept: graph.replay(), prepare=lambda: argument)  # which has to outlive the graph
+
     def peak_bytes(self, work: Work) -> int | None:
         """The most that one call of `run` holds of the device's memory beyond what was there before; None where nobody counts."""
         if not self._on_gpu:
@@ -80,13 +108,14 @@ class Clock:
         Returns the measurements, and for each one that raised instead, what it said.
         """
         rounds, failures = {}, {}
-        warmup_calls = 2 if self._on_gpu else 1  # the last one is the estimate; on a GPU the first may compile
+        warmup_calls = 2 if self._on_gpu else 1  # the last one tells what a round takes; on a GPU the first may compile
         for name, work in works.items():
             try:
                 for _ in range(warmup_calls):
-                    estimate = self.once(work)
-                self.synchronize()
-                rounds[name] = min(MAX_ROUNDS, max(MIN_ROUNDS, int(self.seconds * 1e3 / max(estimate(), 1e-3))))
+                    start = time.perf_counter()
+                    self.once(work)
+                    self.synchronize()
+                rounds[name] = min(MAX_ROUNDS, max(MIN_ROUNDS, int(self.seconds / (time.perf_counter() - start))))
             except Exception as error:  # a peer that cannot do this shape, or runs out of memory, loses its column only
                 failures[name] = describe_error(error)
                 free_memory(self.device)

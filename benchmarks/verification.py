@@ -16,7 +16,7 @@ import fastattn
 from fastattn.ops.attention import attend, draw_seed, dropout_keep
 from fastattn.testing.budget import ABSOLUTE_SLACK, BASELINE_FACTOR
 
-TENSORS = ("out", "dq", "dk", "dv")
+TENSORS = ("out", "dq", "dk", "dv", "dsinks")
 BLOCK_SCORES = 1 << 24  # entries of the largest piece of an S × S matrix that the reference holds while it checks
 CHECKED_AT_ONCE = 1 << 26  # elements: float64 copies of all of a large weight's gradient would fill a GPU
 
@@ -59,11 +59,16 @@ def relative_error(out: Tensor, ref64: Tensor) -> float:
     return ((out.double() - ref64).norm() / ref64.norm()).item()
 
 
-def reference_results(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, dtype: torch.dtype) -> list[Tensor]:
-    """out, dq, dk, dv of the naive reference in `dtype`, for S_q = S_k, without ever holding a whole S × S matrix.
+def reference_results(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, dtype: torch.dtype, *, window_left: int | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, dropout_p: float = 0.0, keep: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """out, dq, dk, dv, and dsinks where there are sinks, of the naive reference in `dtype`, for S_q = S_k, without ever holding a whole
+    S × S matrix of scores.
 
-    One key/value head at a time, and blocks of rows: rows [a, b) with keys [0, b) are again a bottom-right causal problem. dk and dv
-    sum their blocks in at least float32, as one matrix product over all rows would.
+    One key/value head at a time, and blocks of rows: rows [a, b) with keys [0, b) are again a bottom-right causal problem, and a window
+    (which needs causal) lies in it as in the whole. dk, dv and dsinks sum their blocks in at least float32, as one matrix product over all
+    rows would. keep: dropout's mask (B, H, S, S).
     """
     batch, seqlen, num_heads, _ = q.shape
     num_kv_heads = k.shape[2]
@@ -71,6 +76,7 @@ def reference_results(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: boo
     accumulate = torch.promote_types(dtype, torch.float32)
     out, dq = (torch.empty_like(t, dtype=dtype) for t in (dout, q))
     dk, dv = (torch.zeros_like(t, dtype=accumulate) for t in (k, v))
+    dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=accumulate)
     rows = max(64, BLOCK_SCORES // (seqlen * group_size))
     for b in range(batch):
         for kv_head in range(num_kv_heads):
@@ -78,16 +84,22 @@ def reference_results(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: boo
             for start in range(0, seqlen, rows):
                 stop = min(start + rows, seqlen)
                 keys = stop if causal else seqlen
-                inputs = [q[b : b + 1, start:stop, heads], k[b : b + 1, :keys, kv], v[b : b + 1, :keys, kv]]
-                inputs = [t.detach().to(dtype).requires_grad_() for t in inputs]
-                block = fastattn.reference.attention(*inputs, causal=causal)
+                inputs = {"q": q[b : b + 1, start:stop, heads], "k": k[b : b + 1, :keys, kv], "v": v[b : b + 1, :keys, kv]}
+                inputs |= {} if sinks is None else {"sinks": sinks[heads]}
+                inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items()}
+                block = fastattn.reference.attention(
+                    **inputs, causal=causal, window=(window_left, None), softcap=softcap, dropout_p=dropout_p,
+                    dropout_keep=None if keep is None else keep[b : b + 1, heads, start:stop, :keys],
+                )  # fmt: skip
                 upstream = dout[b : b + 1, start:stop, heads].to(dtype)
-                dq_block, dk_block, dv_block = torch.autograd.grad(block, inputs, upstream)
+                dq_block, dk_block, dv_block, *dsinks_block = torch.autograd.grad(block, list(inputs.values()), upstream)
                 out[b, start:stop, heads] = block.detach()[0]
                 dq[b, start:stop, heads] = dq_block[0]
                 dk[b, :keys, kv] += dk_block[0]
                 dv[b, :keys, kv] += dv_block[0]
-    return [out, dq, dk.to(dtype), dv.to(dtype)]
+                if dsinks is not None:
+                    dsinks[heads] += dsinks_block[0]
+    return [out, dq, dk.to(dtype), dv.to(dtype), *([] if dsinks is None else [dsinks.to(dtype)])]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from fastattn import __version__
-    from fastattn.benchmarks import suite
+    from fastattn.benchmarks import command, suite
     from fastattn.models import explain, generate_command, training_cli
 
     parser = _Parser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
@@ -45,12 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    bench = add("bench", suite.run, "verify each op, then time it against the naive one and the peers at hand")
-    suite.add_arguments(bench)
+    bench = add("bench", command.run, "verify each op, then time it against the naive one and the peers at hand")
+    command.add_arguments(bench)
     add("info", _info, "versions, devices, and which code runs on them")
     verify = add("verify", _verify, "check each op's outputs and gradients against its float64 reference")
     verify.add_argument("ops", nargs="*", metavar="OP", help=f"all, or some of {', '.join(suite.OPS)} (default: all)")
-    device, regex = suite.device, suite.regex
+    device, regex = command.device, command.regex
     verify.add_argument("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
     dtypes = suite.DTYPES
     verify.add_argument("--dtype", choices=dtypes, nargs="+", default=None, help="default: all on cuda, fp32 on cpu")

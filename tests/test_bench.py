@@ -13,82 +13,142 @@ import torch
 
 import fastattn
 from fastattn import reference
-from fastattn.benchmarks import bench_attention, provenance, report, suite, timing, verification
+from fastattn.benchmarks import (
+    attention_peers,
+    bench_attention,
+    command,
+    provenance,
+    report,
+    results,
+    suite,
+    timing,
+    verification,
+)
 from fastattn.cli import main
 from fastattn.testing.budget import check_budget
 
 CPU = torch.device("cpu")
 
 
+CEILINGS = {"matmul_tflops": 0.1, "matmul_size": 2048, "copy_gbps": 10.0, "copy_bytes": 1 << 27}
+
+
+def impatient(device, seconds):
+    """A clock that takes its three rounds and no more."""
+    return timing.Clock(device, 0.0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """One real run at tiny shapes."""
     folder = tmp_path_factory.mktemp("bench")
-    assert main(["bench", "--device", "cpu", "--shapes", "tiny", "--out", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "Clock", impatient)
+        assert main(["bench", "attention", "--device", "cpu", "--suite", "tiny", "--json", str(folder / "bench.json")]) == 0
     return folder
 
 
 @pytest.fixture
 def rows_only(monkeypatch):
     """Leave out what is not under test: the ceilings and the overhead take longer than a tiny row."""
-    ceilings = {"matmul_tflops": 0.1, "matmul_size": 2048, "copy_gbps": 10.0, "copy_bytes": 1 << 27}
-    monkeypatch.setattr(suite, "measure_ceilings", lambda clock, dtype: ceilings)
-    monkeypatch.setattr(suite, "host_microseconds", lambda call, device: 1.0)
+    monkeypatch.setattr(command, "Clock", impatient)
+    monkeypatch.setattr(command, "measure_ceilings", lambda clock, dtype: dict(CEILINGS))
+    monkeypatch.setattr(command, "host_microseconds", lambda call, device: 1.0)
 
 
 def load(folder):
-    return json.loads((folder / "attention.json").read_text())
+    return results.load(folder / "bench.json")
 
 
-def run(folder, *arguments):
+def rows_of(folder, op="attention"):
+    return load(folder)["ops"][op]["rows"]
+
+
+def run(folder, *arguments, shape="S32.*causal"):
     """One row, forward only: the shortest run there is."""
-    options = ["--device", "cpu", "--shapes", "tiny", "--only", "S32.*causal", "--passes", "fwd", "--out", str(folder)]
-    return main(["bench", *options, *arguments])
+    options = ["--device", "cpu", "--suite", "tiny", "--shape", shape, "--mode", "fwd", "--json", str(folder / "bench.json")]
+    return main(["bench", "attention", *options, *arguments])
 
 
 def test_every_row_is_checked_and_timed(folder):
     result = load(folder)
-    assert [row["id"] for row in result["rows"]] == [
+    rows = rows_of(folder)
+    assert [row["id"] for row in rows] == [
         "B2-S32-H2-D16-fp32-causal", "B1-S64-H2-D16-fp32-causal", "B2-S32-H2-D16-fp32-full", "B1-S64-H2-D16-fp32-full",
+        "B1-S64-H4-Hkv2-D16-fp32-causal-window7", "B5-T64-H4-Hkv2-D16-fp32-causal-varlen", "B1-S64-H4-Hkv2-D16-fp32-causal-softcap30",
+        "B1-S64-H4-Hkv2-D16-fp32-causal-dropout0.1", "B1-S64-H4-Hkv2-D16-fp32-causal-sinks",
     ]  # fmt: skip
-    for row in result["rows"]:
+    ceilings = result["ceilings"]["fp32"]
+    for row in rows:
         assert row["verified"]
-        assert set(row["checks"]) == {"out", "dq", "dk", "dv"}
-        assert not row["left_out"]
-        assert list(row["passes"]) == ["fwd", "bwd", "fwd+bwd"]
-        for which, figures in row["passes"].items():
-            assert list(figures) == ["fastattn", "naive", "SDPA"]
+        assert set(row["checks"]) == {"out", "dq", "dk", "dv", *(["dsinks"] if row["sinks"] else [])}
+        lacking = {"SDPA"} if row["softcap"] or row["sinks"] else set()
+        assert set(row["left_out"]) == lacking
+        assert list(row["modes"]) == ["fwd", "bwd", "fwd+bwd"]
+        shape = next(s for s in bench_attention.PRESETS["cpu", "tiny"] if s.id("fp32") == row["id"])
+        for mode, figures in row["modes"].items():
+            assert set(figures) == {"fastattn", "naive", "SDPA"} - lacking
+            work = row["work"][mode]
+            assert work == {"flops": bench_attention.flops(shape, mode), "bytes": bench_attention.traffic(shape, mode, 4)}
             for figure in figures.values():
                 assert figure["ms"] > 0
                 assert figure["rounds"] >= timing.MIN_ROUNDS
                 assert figure["ratio"] == pytest.approx(figure["ms"] / figures["fastattn"]["ms"])
-                share = figure["tflops"] / result["ceilings"]["matmul_tflops"]
-                assert figure["percent_of_matmul"] == pytest.approx(100 * share)
-            shape = next(s for s in bench_attention.PRESETS["cpu", "tiny"] if s.id("fp32") == row["id"])
-            seconds = figures["naive"]["ms"] / 1e3
-            assert figures["naive"]["tflops"] == pytest.approx(bench_attention.flops(shape, which) / seconds / 1e12)
+                assert figure["resolution"] >= figures["fastattn"]["resolution"]
+                assert figure["tflops"] == pytest.approx(work["flops"] / figure["ms"] / 1e9)
+                assert figure["percent_of_ceiling"] == pytest.approx(100 * figure["tflops"] / ceilings["matmul_tflops"])
+                bound = max(work["flops"] / ceilings["matmul_tflops"] / 1e9, work["bytes"] / ceilings["copy_gbps"] / 1e6)
+                assert figure["percent_of_roofline"] == pytest.approx(100 * bound / figure["ms"])
 
 
 @pytest.mark.parametrize("op", suite.OPS[1:])
 def test_every_op_has_one(op, rows_only, tmp_path):
-    assert main(["bench", op, "--device", "cpu", "--shapes", "tiny", "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / f"{op}.json").read_text())
-    assert result["op"] == op and result["rows"] and result["overhead_us"]
-    ceiling = suite.suite_of(op).ceiling
-    for row in result["rows"]:
+    assert main(["bench", op, "--device", "cpu", "--suite", "tiny", "--json", str(tmp_path / "bench.json")]) == 0
+    entry, found = load(tmp_path)["ops"][op], suite.suite_of(op)
+    assert entry["rows"] and entry["overhead_us"]
+    for row in entry["rows"]:
         assert row["verified"] and set(row["left_out"]) <= {"torch linear_cross_entropy", "one by one"}, row["left_out"]
-        assert list(row["passes"]) == list(suite.suite_of(op).passes)
-        for figures in row["passes"].values():
+        assert list(row["modes"]) == list(found.modes)
+        assert all(work["bytes"] > 0 and work["flops"] >= 0 for work in row["work"].values())
+        for figures in row["modes"].values():
             assert {"fastattn", "naive", "torch"} <= set(figures)
-            assert all(figure[ceiling.rate] > 0 and figure["peak_bytes"] is None for figure in figures.values())
+            assert all(figure[found.ceiling.rate] > 0 and figure["peak_bytes"] is None for figure in figures.values())
+
+
+@pytest.mark.parametrize("op", suite.OPS)
+def test_every_op_has_the_shapes_of_models(op):
+    from fastattn.benchmarks.models import MODELS
+
+    found, names = suite.suite_of(op), {model.name for model in MODELS}
+    for device in ("cpu", "cuda"):
+        shapes = found.presets[device, "model"]
+        assert shapes and {shape.model for shape in shapes} <= names
+        ids = [shape.id("bf16") for shape in shapes]
+        assert len(set(ids)) == len(ids)
+        assert all(id.startswith(f"{shape.model}-") for id, shape in zip(ids, shapes))
+
+
+def test_sizes_of_models_are_those_of_their_configurations():
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    from fastattn.benchmarks.models import GPT_2, MIXTRAL_8X7B
+
+    config = transformers.GPT2Config()
+    found = (config.n_embd, config.n_head, config.n_head, config.n_embd // config.n_head, 4 * config.n_embd, config.vocab_size)
+    assert found == (GPT_2.hidden_size, GPT_2.num_heads, GPT_2.num_kv_heads, GPT_2.head_dim, GPT_2.intermediate_size, GPT_2.vocab_size)
+    config, ours = transformers.MixtralConfig(), MIXTRAL_8X7B
+    for name in ("hidden_size", "intermediate_size", "vocab_size"):
+        assert getattr(config, name) == getattr(ours, name)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (ours.num_heads, ours.num_kv_heads)
+    assert (config.num_local_experts, config.num_experts_per_tok) == (ours.num_experts, ours.top_k)
 
 
 def test_rows_count_the_bytes_they_have_to_move():
     from fastattn.benchmarks.rows import RowShape
 
     shape = RowShape("softmax", 1000, 512)
-    work = suite.suite_of("softmax").work
-    assert [work(shape, which, 2) for which in suite.PASSES] == [n * 1000 * 512 * 2 for n in (2, 3, 5)]
+    softmax = suite.suite_of("softmax")
+    assert [softmax.traffic(shape, mode, 2) for mode in suite.MODES] == [n * 1000 * 512 * 2 for n in (2, 3, 5)]
+    assert [softmax.flops(shape, mode) for mode in suite.MODES] == [n * 1000 * 512 for n in (5, 4, 9)]
 
 
 def test_mixtures_count_flops_and_decoding_the_weights_it_reads():
@@ -96,14 +156,14 @@ def test_mixtures_count_flops_and_decoding_the_weights_it_reads():
 
     shape = Shape(num_tokens=3, hidden_size=32, intermediate_size=16, num_experts=64, top_k=2)
     product = 2 * 3 * 2 * 32 * 16
-    assert [suite.suite_of("moe").work(shape, which, 2) for which in suite.PASSES] == [n * product for n in (3, 6, 9)]
+    assert [suite.suite_of("moe").flops(shape, mode) for mode in suite.MODES] == [n * product for n in (3, 6, 9)]
     distinct = len({*choose(shape).flatten().tolist()})
     assert 2 <= distinct <= 6
-    assert suite.suite_of("moe_decode").work(shape, "fwd", 2) == 2 * (3 * 32 * 16 * distinct + 2 * 3 * 32)
+    assert suite.suite_of("moe_decode").traffic(shape, "fwd", 2) == 2 * (3 * 32 * 16 * distinct + 2 * 3 * 32)
     for function, cols in (("up", 2), ("down", 1)):
         rows = dataclasses.replace(suite.suite_of("grouped_mm").presets["cpu", "tiny"][0], function=function)
         product = 2 * rows.num_tokens * rows.top_k * cols * rows.hidden_size * rows.intermediate_size
-        assert [suite.suite_of("grouped_mm").work(rows, which, 2) for which in suite.PASSES] == [n * product for n in (1, 2, 3)]
+        assert [suite.suite_of("grouped_mm").flops(rows, mode) for mode in suite.MODES] == [n * product for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -122,7 +182,11 @@ def test_the_mixture_an_expert_at_a_time_is_the_reference(dtype):
 
 def test_which_ops_to_run(tmp_path):
     with pytest.raises(SystemExit, match="OP must be all or some of attention, softmax, .*, got 'sort'"):
-        main(["bench", "softmax", "sort", "--out", str(tmp_path)])
+        main(["bench", "softmax", "sort", "--json", str(tmp_path / "bench.json")])
+    with pytest.raises(SystemExit, match="--mode bwd must be one that one of the ops has, none of sampling, moe_decode does"):
+        main(["bench", "sampling", "moe_decode", "--device", "cpu", "--mode", "bwd"])
+    with pytest.raises(SystemExit, match="--fail-if-slower must come with --base"):
+        main(["bench", "softmax", "--fail-if-slower"])
 
 
 def test_the_file_says_where_its_figures_come_from(folder):
@@ -132,14 +196,18 @@ def test_the_file_says_where_its_figures_come_from(folder):
         assert key in where
     assert where["torch"] == torch.__version__
     assert where["device"]["type"] == "cpu"
-    assert result["ceilings"]["copy_gbps"] > 0
-    assert all(microseconds > 0 for microseconds in result["overhead_us"].values())
-    assert {"fastattn.attention", "torch SDPA"} < set(result["overhead_us"])
+    assert result["finished"]
+    assert set(result["state"]) == {"before", "after"}
+    assert result["ceilings"]["fp32"]["copy_gbps"] > 0
+    overhead = result["ops"]["attention"]["overhead_us"]
+    assert all(microseconds > 0 for microseconds in overhead.values())
+    assert {"fastattn.attention", "torch SDPA"} < set(overhead)
 
 
 def test_the_plot_is_a_png(folder):
     if missing := report.missing("matplotlib", "numpy"):
         pytest.skip(f"needs {' and '.join(missing)}")
+    assert report.plot(suite.suite_of("attention"), load(folder), folder / "attention.png") is None
     data = (folder / "attention.png").read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
@@ -155,8 +223,19 @@ def test_flops_of_a_known_shape():
     assert bench_attention.flops(causal, "fwd+bwd") == 3.5 * bench_attention.flops(shape, "fwd") / 2
 
 
-def test_row_ids_are_unique():
-    for shapes in bench_attention.PRESETS.values():
+def test_flops_of_a_window_and_of_packed_sequences():
+    plain = bench_attention.Shape(1, 1024, 8, 8, 64, True)
+    assert bench_attention.flops(dataclasses.replace(plain, window=1023), "fwd") == bench_attention.flops(plain, "fwd")
+    windowed = dataclasses.replace(plain, window=127)
+    assert bench_attention.flops(windowed, "fwd") == 4 * 8 * 64 * (128 * 1024 - 128**2 / 2)
+    packed = dataclasses.replace(plain, batch=2, seqlen=700, lengths=(700, 324))
+    assert bench_attention.flops(packed, "fwd") == 4 * 8 * 64 * (700**2 + 324**2) / 2
+    assert bench_attention.traffic(packed, "bwd", 2) == bench_attention.traffic(plain, "bwd", 2) == 8 * 8 * 1024 * 64 * 2
+
+
+@pytest.mark.parametrize("op", suite.OPS)
+def test_row_ids_are_unique(op):
+    for shapes in suite.suite_of(op).presets.values():
         ids = [shape.id("bf16") for shape in shapes]
         assert len(set(ids)) == len(ids)
 
@@ -165,9 +244,9 @@ def test_a_wrong_answer_gets_no_number(rows_only, tmp_path, capsys, monkeypatch)
     right = fastattn.attention
     monkeypatch.setattr(fastattn, "attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
     assert run(tmp_path) == 1
-    (row,) = load(tmp_path)["rows"]
+    (row,) = rows_of(tmp_path)
     assert not row["verified"]
-    assert row["passes"] == {}
+    assert row["modes"] == {}
     assert row["checks"]["out"]["error"] > row["checks"]["out"]["budget"]
     lines = [line for line in capsys.readouterr().out.splitlines() if row["id"] in line]
     assert any("WRONG" in line for line in lines)
@@ -182,9 +261,9 @@ def test_a_wrong_gradient_gets_no_number_either(rows_only, tmp_path, monkeypatch
     right = fastattn.attention
     monkeypatch.setattr(fastattn, "attention", without_dk)
     assert run(tmp_path) == 1
-    (row,) = load(tmp_path)["rows"]
+    (row,) = rows_of(tmp_path)
     assert [name for name, c in row["checks"].items() if not c["passed"]] == ["dk"]
-    assert row["passes"] == {}
+    assert row["modes"] == {}
 
 
 def test_an_exception_of_ours_is_a_red_row(rows_only, tmp_path, capsys, monkeypatch):
@@ -196,18 +275,18 @@ def test_an_exception_of_ours_is_a_red_row(rows_only, tmp_path, capsys, monkeypa
 
     monkeypatch.setitem(bench_attention.ON_CPU, "fastattn", broken)
     assert run(tmp_path) == 1
-    assert load(tmp_path)["rows"][0]["error"] == "RuntimeError: no such tile"
+    assert rows_of(tmp_path)[0]["error"] == "RuntimeError: no such tile"
     assert "no such tile" in capsys.readouterr().out
 
 
 def test_a_peer_that_computes_something_else_loses_its_numbers(rows_only, tmp_path, capsys, monkeypatch):
-    other = bench_attention.sdpa_builder(None)
+    other = attention_peers.sdpa_builder(None)
     monkeypatch.setitem(
         bench_attention.ON_CPU, "SDPA", lambda shape: other(dataclasses.replace(shape, causal=not shape.causal))
     )
     assert run(tmp_path) == 0
-    (row,) = load(tmp_path)["rows"]
-    assert list(row["passes"]["fwd"]) == ["fastattn", "naive"]
+    (row,) = rows_of(tmp_path)
+    assert list(row["modes"]["fwd"]) == ["fastattn", "naive"]
     assert "relative error" in row["left_out"]["SDPA"]
     assert "left out: SDPA in 1 rows" in capsys.readouterr().out
 
@@ -218,27 +297,19 @@ def test_naive_is_refused_where_its_matrices_do_not_fit():
         bench_attention.refuse_beyond_memory(shape, torch.float32, CPU)
 
 
-def test_comparison_with_an_older_file(rows_only, folder, tmp_path, capsys):
-    old = load(folder)
-    old["provenance"]["commit"] = "0123456789abcdef"
-    old["provenance"]["device"]["name"] = "some other machine"
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(old))
-    assert run(tmp_path, "--base", str(path)) == 0
-    printed = capsys.readouterr().out
-    assert "base 012345678" in printed
-    assert "another device: some other machine" in printed
-    with pytest.raises(SystemExit, match="--base is of attention: name that op, and no other"):
-        main(["bench", "softmax", "--base", str(path), "--out", str(tmp_path)])
-    path.write_text('{"op": "sort"}')
-    with pytest.raises(SystemExit):
-        run(tmp_path, "--base", str(path))
-    assert "--base: must be an OP.json" in capsys.readouterr().err
+def test_a_peer_without_a_backward_keeps_its_forward(rows_only, tmp_path, monkeypatch):
+    builder = bench_attention.ON_CPU["naive"]
+    monkeypatch.setitem(bench_attention.ON_CPU, "SDPA", lambda shape: torch.no_grad()(builder(shape)))
+    path = tmp_path / "bench.json"
+    assert main(["bench", "attention", "--device", "cpu", "--suite", "tiny", "--shape", "S32.*causal", "--json", str(path)]) == 0
+    (row,) = rows_of(tmp_path)
+    assert ["SDPA" in figures for figures in row["modes"].values()] == [True, False, False]
+    assert row["left_out"] == {"SDPA": "has no backward"}
 
 
-def test_only_must_match_a_row(tmp_path):
+def test_shape_must_match_a_row(tmp_path):
     with pytest.raises(SystemExit, match="B2-S32-H2-D16-fp32-causal"):
-        main(["bench", "--device", "cpu", "--shapes", "tiny", "--only", "S33", "--out", str(tmp_path)])
+        run(tmp_path, shape="S33")
 
 
 def test_runs_with_torch_alone(tmp_path):
@@ -247,25 +318,43 @@ def test_runs_with_torch_alone(tmp_path):
         "import sys\n"
         "for name in ('rich', 'matplotlib', 'numpy', 'triton', 'transformers'): sys.modules[name] = None\n"
         "from fastattn.cli import main\n"
-        f"sys.exit(main(['bench', '--device', 'cpu', '--shapes', 'tiny', '--only', 'S32.*causal', '--out', {str(tmp_path)!r}]))\n"
+        f"sys.exit(main(['bench', 'attention', '--device', 'cpu', '--suite', 'tiny', '--shape', 'S32.*causal', '--json', {str(tmp_path / 'bench.json')!r}]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "no plot: matplotlib and numpy not installed" in done.stdout
+    assert "<html" in (tmp_path / "bench.html").read_text()
     assert re.search(r"^B2-S32-H2-D16-fp32-causal +\d+\.\d{3} ", done.stdout, re.MULTILINE)
     assert "[5/5]" not in done.stdout  # progress is not part of the result
-    assert load(tmp_path)["rows"][0]["verified"]
-    assert not (tmp_path / "attention.png").exists()
+    assert rows_of(tmp_path)[0]["verified"]
+
+
+def test_pytest_benchmark_runs_the_same_rows(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    root = provenance.checkout()
+    if root is None:
+        pytest.skip("there is no benchmarks/ beside an installed package")
+    saved = tmp_path / "saved.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-k", "rotary-rotary", "--device", "cpu", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, f"--benchmark-json={saved}"], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(saved.read_text())["benchmarks"]
+    shapes = suite.suite_of("rotary").presets["cpu", "tiny"]
+    groups = {f"rotary {shape.id('fp32')} {mode}" for shape in shapes for mode in suite.MODES}
+    assert {case["group"] for case in found} == groups and len(found) == 3 * len(groups)
+    assert all(case["extra_info"]["bytes"] > 0 and case["stats"]["rounds"] == 5 for case in found)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_against_what_torch_has(tmp_path):
-    options = ["--device", "cuda", "--shapes", "tiny", "--peers", "naive|SDPA", "--out", str(tmp_path)]
-    assert main(["bench", *options]) == 0
+    options = ["--device", "cuda", "--suite", "tiny", "--peers", "naive|SDPA", "--json", str(tmp_path / "bench.json")]
+    assert main(["bench", "attention", *options]) == 0
     result = load(tmp_path)
     assert result["provenance"]["device"]["capability"]
-    for row in result["rows"]:
-        assert {"fastattn", "naive", "SDPA flash"} <= set(row["passes"]["fwd"]), row["left_out"]
+    for row in rows_of(tmp_path):
+        assert {"fastattn", "naive"} <= set(row["modes"]["fwd"]), row["left_out"]
+        for figures in row["modes"].values():
+            assert figures["fastattn"]["graph_ms"] > 0, row["not_captured"]
+    assert "SDPA flash" in rows_of(tmp_path)[0]["modes"]["fwd"]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_verify_passes_on_every_option_of_attention(capsys):
         "dropout",
     ):
         assert case in printed
-    assert "26 of 26 cases within the error budget" in printed
+    assert "31 of 31 cases within the error budget" in printed
 
 
 def test_verify_holds_every_op(capsys):
@@ -126,7 +126,7 @@ def test_bad_arguments_exit_with_2(capsys):
     ("arguments", "message"),
     [
         ("verify --only (", "--only: must be a regular expression, got '('"),
-        ("bench --only (", "--only: must be a regular expression, got '('"),
+        ("bench --shape (", "--shape: must be a regular expression, got '('"),
         ("bench --peers (", "--peers: must be a regular expression, got '('"),
         ("bench --base /no/such.json", "--base: must be a file to read, got '/no/such.json': No such file or directory"),
         *((f"{command} --device gpu", "--device: must be cpu, cuda or") for command in ("bench", "verify", "warmup")),

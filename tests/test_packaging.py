@@ -126,6 +126,7 @@ def test_wheel_holds_every_module_under_its_import_name(archives):
     with zipfile.ZipFile(archives["wheel"]) as wheel:
         names = {name for name in wheel.namelist() if name.endswith(".py")}
         metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("METADATA"))).decode()
+        assert "fastattn/benchmarks/report.html.j2" in wheel.namelist()
     beside = {f"fastattn/{name}" for folder in ("kernels", "benchmarks") for name in sources(folder)}
     assert names == sources("fastattn") | beside
     assert "Requires-Dist: torch>=2.10\n" in metadata

@@ -37,7 +37,8 @@ import triton
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
 print(f"python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}, {device}")
 tools = ["numpy", "pytest", "hypothesis", "pytest_benchmark", "rich", "matplotlib", "transformers"]
-peers = ["flash_attn", "flash_attn.cute", "xformers", "liger_kernel", "quack", "flashinfer", "scattermoe", "sonicmoe", "triton_kernels.matmul"]
+peers = ["flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers", "liger_kernel", "quack", "flashinfer", "apex"]
+peers += ["scattermoe", "sonicmoe", "triton_kernels.matmul", "vllm"]
 print("absent, and done without:", ", ".join(absent(tools + peers)) or "nothing")
 PY
 
@@ -56,5 +57,5 @@ if "$python" -c "import pytest" 2>/dev/null; then
 else
   echo "make gpu: no pytest here: the GPU tests were not run"
 fi
-"$python" -m fastattn bench all --out "$out"
+"$python" -m fastattn bench --suite quick --json "$out/bench.json" --html "$out/bench.html"
 exit "$tests"
