@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn.cli import main
 from fastattn.models import ByteTokenizer, Config, Encoder, Transformer, generate, save, stream
+from fastattn.models.decode_graph import DecodeGraphs
 from fastattn.models.logits import LogitsProcessor, NoDistribution
 from fastattn.models.speculative import accept
 from fastattn.models.text import StopStrings
@@ -485,6 +486,43 @@ def test_statistics(llama):
     assert found.prefill_tokens == sum(LENGTHS) and found.new_tokens == 5 * NEW and found.decode_tokens == 5 * (NEW - 1)
     assert found.peak_pages <= found.num_pages and found.peak_pages >= sum(-(-length // 4) for length in LENGTHS)
     assert found.prefill_rate > 0 and found.decode_rate > 0 and found.drafted >= found.accepted > 0 and found.steps < NEW
+
+
+class _Replayed:
+    """As a CUDA graph: it reads the step's tensors that it was recorded with, and no Python of the cache runs."""
+
+    def __init__(self, graphs, tokens):
+        self.graphs, self.step, self.tokens = graphs, graphs.cache.current, tokens.clone()
+        self.hidden = torch.full((len(tokens), graphs.model.config.hidden_size), torch.nan)
+        self.graph = self
+        graphs.recorded = getattr(graphs, "recorded", 0) + 1
+
+    def replay(self):
+        cache = self.graphs.cache
+        before = cache.current, set(cache._unwritten)
+        cache.current = self.step
+        self.hidden.copy_(self.graphs._forward(self.tokens))
+        cache.current, cache._unwritten = before
+
+
+@pytest.mark.parametrize("drawn", [{}, DRAWN], ids=["greedy", "drawn"])
+def test_steps_of_one_token_may_be_replayed(llama, drawn, monkeypatch):
+    """What surrounds a recorded step, with something in the place of a CUDA graph."""
+    monkeypatch.setattr(DecodeGraphs, "_record", lambda graphs, tokens: _Replayed(graphs, tokens))
+    for options in (dict(), dict(draft=llama), dict(num_pages=14)):
+        generation = stream(llama, prompts(), max_new_tokens=24, page_size=4, max_batch=3, **options, **drawn)
+        generation.graphs = DecodeGraphs(llama, generation.cache)
+        of_draft = None
+        if generation.drafter is not None:
+            of_draft = generation.drafter.graphs = DecodeGraphs(llama, generation.drafter.cache)
+        tokens = [[] for _ in LENGTHS]
+        for event in generation:
+            tokens[event.sequence] += event.tokens
+        assert tokens == ids(generate(llama, prompts(), max_new_tokens=24, **{k: v for k, v in options.items() if k == "draft"}, **drawn))
+        graphs = of_draft or generation.graphs
+        assert graphs.recorded > len(graphs._graphs) > 0  # the page table grew
+        cache, text = generation.cache, prompts()[4] + tokens[4]
+        assert cache.length(cache.allocate(text)) == (len(text) - 1) // 4 * 4  # what replays wrote is known to be there
 
 
 @pytest.mark.gpu

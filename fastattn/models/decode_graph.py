@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class DecodeGraphs:
         self._graphs: dict[int, _Recorded] = {}  # by batch size
         self._steps: Counter[int] = Counter()  # that each batch size has had
         self._places: tuple[int, ...] = ()  # of the step tensors that the graphs read
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None  # of memory, that of all graphs
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens (B,) of the cache's current step, one a sequence. Returns (B, H); the step may have ended."""
@@ -63,6 +64,7 @@ class DecodeGraphs:
         with torch.cuda.stream(beside):  # writes the step's keys and values, which the graph writes again
             self._forward(tokens)
         torch.cuda.current_stream(tokens.device).wait_stream(beside)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
             hidden = self._forward(tokens)
         return _Recorded(graph, tokens, hidden)
