@@ -66,6 +66,8 @@ class Family:
         for name, parameter in model.named_parameters():
             if "norm" in name.lower() or name.endswith(("bias", "sinks")):  # ones and zeros otherwise
                 nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.3 if not name.endswith("sinks") else 2.0)
+        if "final_logits_bias" in dict(model.named_buffers()):
+            nn.init.normal_(model.final_logits_bias)  # Bart's, which is zero and trained by nobody
         if self.has_experts:
             model.set_experts_implementation("eager")
         return model
