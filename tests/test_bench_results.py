@@ -93,6 +93,25 @@ def test_ours_timed_twice_gives_the_resolution(monkeypatch):
     assert figures["naive"]["ratio"] == 2.0 and figures["naive"]["tflops"] == pytest.approx(0.5)
 
 
+def test_what_cannot_be_captured_loses_its_graph_alone():
+    class FakeClock:
+        device = command.device("cpu")
+
+        def replay(self, work):
+            if work.run(None) == "synchronises":
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            return work
+
+        def measure(self, works):
+            return {name: timing.Measurement(0.5, 0.0, 50) for name in works}, {}
+
+    candidates = {name: {"fwd": timing.Work(lambda _, name=name: name)} for name in ("fastattn", "synchronises")}
+    modes = {"fwd": {name: figure(1.0) for name in candidates}}
+    reasons = suite._measure_replays(candidates, modes, FakeClock())
+    assert reasons == {"synchronises": "RuntimeError: operation not permitted when stream is capturing"}
+    assert [modes["fwd"][name]["graph_ms"] for name in candidates] == [0.5, None]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # One file, gone on with.
 
