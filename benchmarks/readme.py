@@ -57,9 +57,9 @@ def _of_file(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _full_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Forward, and forward and backward together, of every row, beside what most rows have."""
+    """Forward, and forward and backward together or else the backward, of every row, beside what most rows have."""
     rows = [row for row in rows if row["verified"]]
-    modes = [mode for mode in ("fwd", "fwd+bwd") if any(mode in row["modes"] for row in rows)]
+    modes = [mode for mode in ("fwd", "fwd+bwd", "bwd") if any(mode in row["modes"] for row in rows)][:2]
     counts: dict[str, int] = {}
     for row in rows:
         for name in row["modes"].get(modes[0], {}):

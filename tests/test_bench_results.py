@@ -177,6 +177,15 @@ def test_rows_are_measured_again_for_what_they_lack(measured, tmp_path):
     assert all({"torch", "naive"} < set(row["modes"]["bwd"]) for _, row in results.each_row(results.load(path)))
 
 
+def test_the_quick_suite_leaves_out_what_is_a_sum(measured, tmp_path):
+    path = tmp_path / "bench.json"
+    arguments = ["bench", "rotary", "--device", "cpu", "--suite", "quick", "--json", str(path)]
+    assert main(arguments) == 0
+    assert all(set(row["modes"]) == {"fwd", "bwd"} for _, row in results.each_row(results.load(path)))
+    assert main([*arguments, "--mode", "fwd+bwd"]) == 0
+    assert all(set(row["modes"]) == {"fwd", "bwd", "fwd+bwd"} for _, row in results.each_row(results.load(path)))
+
+
 @pytest.mark.parametrize("name", ["commit", "changes", "torch", "threads"])
 def test_rows_of_another_environment_are_measured_again(name, measured, tmp_path):
     (ids, _), path = measured, tmp_path / "bench.json"
