@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from fastattn.kv_cache import zeros
 
 from .models import MODELS, labelled
 from .suite import COPY, OURS, Builder, Forward, Suite, by_backend, find_peers, import_name
@@ -99,7 +100,7 @@ def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[list[T
             scaled = values / scale.to(dtype)[:, None]
             values = (scaled.round() if shape.cache == "int8" else scaled).to(CACHES[shape.cache])
             scales.append(scale)
-        caches.append(values)
+        caches.append(zeros(*size, dtype=values.dtype, device=device).copy_(values))  # memory as a PagedKVCache has it
     order = torch.randperm(num_pages, generator=generator, device=device).to(torch.int32)
     table = torch.cat([order[:shared].expand(shape.batch, -1), order[shared:].view(shape.batch, own)], 1)
     lengths = torch.full((shape.batch,), shape.seqlen_k, dtype=torch.int32, device=device)

@@ -21,7 +21,7 @@ from .suite import MODES, OPS, OURS, suite_of
 
 BEGIN, END = "<!-- benchmarks: written by `make readme` -->", "<!-- end of benchmarks -->"
 IN_FULL = ("attention",)  # ops whose every row README has; the others are a line each
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+OF_OTHERS = ("cuda_host_time.json", "page_pool.json")  # that `fastattn bench` did not write
 
 
 def generate(root: Path) -> str:
@@ -36,7 +36,7 @@ def generate(root: Path) -> str:
 
 def result_files(root: Path) -> list[Path]:
     """Of every device but `local`, which is not committed."""
-    return [path for path in sorted((root / "benchmarks" / "results").glob("*/*.json")) if path.parent.name != "local"]
+    return [path for path in sorted((root / "benchmarks" / "results").glob("*/*.json")) if path.parent.name != "local" and path.name not in OF_OTHERS]
 
 
 def _of_file(path: Path, result: Mapping[str, Any]) -> Iterator[str]:

@@ -1,15 +1,19 @@
 // Attention of few queries over a paged key/value cache: fastattn::paged_attention_cpp (docs/paged_attention.md), for decoding and
 // speculation, where reading the cache is what takes the time. A sequence's keys are cut into chunks of CHUNK, whoever else is in the
-// batch; threads take (sequence, block of rows, chunk, key head) in turn, and the chunks' results are merged in their order. So neither the number
-// of threads nor the company changes a bit. Each cached row is read once and widened to fp32 once, for all rows of its group.
+// batch; threads take (sequence, block of rows, chunk) in turn, with all key heads, whose rows lie side by side, or some of them where
+// tasks would be few; the chunks' results are merged in their order. So neither the number of threads nor the company changes a bit.
+// Each cached row is read once, in the order of memory, and widened to fp32 once, for all rows of its group.
 //
 // Floor: the bytes of the keys and values that are visible, over memory bandwidth.
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "instruction_sets.hpp"
@@ -19,9 +23,9 @@ namespace fastattn {
 namespace {
 
 constexpr int64_t CHUNK = 256;     // keys of one task
-constexpr int64_t BLOCK = 64;      // keys whose scores are held at a time
-constexpr int64_t AHEAD = 8;     // keys between a row's prefetch and its use
+constexpr int64_t BLOCK = 32;      // keys of all heads that are in the second cache together, beside the next so many
 constexpr int64_t ROWS = 32;       // of one task: queries times heads of a group
+constexpr int64_t TASKS = 4;       // for each thread, before the key heads of a chunk stay together
 constexpr int64_t UNBOUNDED = std::numeric_limits<int32_t>::max();
 
 struct Cache {
@@ -49,6 +53,13 @@ struct Item {
   int64_t sequence, first_token, seqlen_q, seqlen_k, pad, row_begin, row_end, key_begin, key_end, partial;
 };
 
+// An item's key heads, some of them, and where the item's results go.
+struct Task {
+  const Item* item;
+  int64_t head_begin, head_end;
+  float* partial;
+};
+
 struct Row {
   int64_t q_offset, position, key_begin, key_end;
   float slope;
@@ -72,6 +83,23 @@ inline Row row_of(const Params& p, const Item& item, int64_t kv_head, int64_t r)
       p.slopes ? p.slopes[item.sequence * p.slopes_stride + head] : 0.0f,
   };
 }
+
+// What a thread works in: it grows to what a task asks for.
+class Scratch {
+ public:
+  float* floats(int64_t n) {
+    floats_.resize(n + 16);
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(floats_.data()) + 63) / 64 * 64);  // registers load whole cache lines
+  }
+  Row* rows(int64_t n) {
+    rows_.resize(n);
+    return rows_.data();
+  }
+
+ private:
+  std::vector<float> floats_;
+  std::vector<Row> rows_;
+};
 
 #define KERNELS "paged_attention.inl"
 #include "instruction_sets.inl"
@@ -160,15 +188,18 @@ std::tuple<Tensor, Tensor> paged_attention_cpp(
   const Tensor partials = torch::stable::new_empty(q, {size}, torch::headeronly::ScalarType::Float);
   float* const partial = static_cast<float*>(partials.data_ptr());
 
+  // All key heads of a chunk lie together, and stay together where there are chunks enough for the threads.
+  const int64_t wanted = TASKS * torch::stable::get_num_threads(), parts = std::clamp<int64_t>(wanted / std::max<int64_t>(1, items.size()), 1, num_kv_heads);
   const auto attend = FASTATTN_PICK(attend);
-  const int64_t most_lanes = 16, tasks = int64_t(items.size()) * num_kv_heads;
-  const int64_t width = (p.head_dim + most_lanes) / most_lanes * most_lanes + most_lanes, width_v = p.head_dim_v + 2 * most_lanes;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(ROWS * (width + width_v + BLOCK + 2) + UNROLL * (width + width_v));
-    for (int64_t task = begin; task < end; ++task) {
-      const Item& item = items[task / num_kv_heads];
-      const int64_t head = task % num_kv_heads, rows = item.row_end - item.row_begin;
-      attend(p, item, head, scratch.data(), partial + item.partial + head * rows * (p.head_dim_v + 2));
+  torch::stable::parallel_for(0, int64_t(items.size()) * parts, 1, [&](int64_t begin, int64_t end) {
+    const auto task_of = [&](int64_t i) {
+      const Item& item = items[i / parts];
+      return Task{&item, i % parts * num_kv_heads / parts, (i % parts + 1) * num_kv_heads / parts, partial + item.partial};
+    };
+    Scratch scratch;
+    for (int64_t i = begin; i < end; ++i) {
+      const Task next = i + 1 < end ? task_of(i + 1) : Task{};
+      attend(p, task_of(i), i + 1 < end ? &next : nullptr, scratch);
     }
   });
   const int64_t lse_head_stride = rows_q, lse_batch_stride = packed ? 0 : num_heads * rows_q;
