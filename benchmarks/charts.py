@@ -35,8 +35,10 @@ class Scale:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """Powers of ten in [low, high], every second or third where there are many."""
+    """Powers of ten in [low, high], every second or third where there are many, and 2 and 5 times them where there are few."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    if last - first < 2:
+        return [v for e in range(first - 1, last + 1) for m in (1, 2, 5) if low <= (v := m * 10.0**e) <= high]
     step = 1 + (last - first) // 6
     return [10.0**e for e in range(first, last + 1, step)]
 

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", choices=SUITES, default=None, help="which shapes (default: full on cuda, quick on cpu)")
     add("--shape", type=regex, metavar="REGEX", default="", help="rows to run, e.g. 'S1024.*causal'")
     add("--peers", type=regex, metavar="REGEX", default="", help="implementations beside fastattn, e.g. 'naive|SDPA'")
-    add("--mode", choices=MODES, default=None, help="default: all three")
+    add("--mode", choices=MODES, default=None, help="default: all three; of the quick suite, the first two")
     add("--dtype", choices=DTYPES, default=None, help="default: bf16 on cuda, fp32 on cpu")
     add("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
     add("--json", type=Path, metavar="FILE", help="the result; rows that it has of this commit and machine are not measured again")
@@ -118,7 +118,8 @@ def _jobs(ops: Sequence[str], device: torch.device, dtype: str, options: argpars
         shapes = suite.presets.get((device.type, preset), ())
         ids += [shape.id(dtype) for shape in shapes]
         shapes = [shape for shape in shapes if wanted.search(shape.id(dtype))]
-        modes = [mode for mode in suite.modes if options.mode in (None, mode)]
+        default = suite.modes if preset != "quick" else [mode for mode in suite.modes if mode != "fwd+bwd"]  # which is about their sum
+        modes = [mode for mode in suite.modes if mode == options.mode] if options.mode else default
         if shapes and modes:
             jobs.append(Job(suite, shapes, modes, device, peers))
     if not jobs and options.shape and not any(wanted.search(id) for id in ids):

@@ -21,7 +21,7 @@ from .suite import MODES, OPS, OURS, suite_of
 
 BEGIN, END = "<!-- benchmarks: written by `make readme` -->", "<!-- end of benchmarks -->"
 IN_FULL = ("attention",)  # ops whose every row README has; the others are a line each
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+OF_OTHERS = ("cuda_host_time.json", "page_pool.json")  # that `fastattn bench` did not write
 
 
 def generate(root: Path) -> str:
@@ -36,7 +36,7 @@ def generate(root: Path) -> str:
 
 def result_files(root: Path) -> list[Path]:
     """Of every device but `local`, which is not committed."""
-    return [path for path in sorted((root / "benchmarks" / "results").glob("*/*.json")) if path.parent.name != "local"]
+    return [path for path in sorted((root / "benchmarks" / "results").glob("*/*.json")) if path.parent.name != "local" and path.name not in OF_OTHERS]
 
 
 def _of_file(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
@@ -57,9 +57,9 @@ def _of_file(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _full_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Forward, and forward and backward together, of every row, beside what most rows have."""
+    """Forward, and forward and backward together or else the backward, of every row, beside what most rows have."""
     rows = [row for row in rows if row["verified"]]
-    modes = [mode for mode in ("fwd", "fwd+bwd") if any(mode in row["modes"] for row in rows)]
+    modes = [mode for mode in ("fwd", "fwd+bwd", "bwd") if any(mode in row["modes"] for row in rows)][:2]
     counts: dict[str, int] = {}
     for row in rows:
         for name in row["modes"].get(modes[0], {}):

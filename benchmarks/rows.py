@@ -73,7 +73,7 @@ def row_presets(
         ("cpu", "model"): model_shapes(512),
         ("cuda", "model"): model_shapes(8192),
         ("cpu", "tiny"): shapes(5, [min(lengths) // 2, min(lengths) + 2]),
-        ("cpu", "quick"): shapes(512, [n for n in lengths if n in (1024, 8192, 32768)] or lengths[:2]),
+        ("cpu", "quick"): shapes(256, [n for n in lengths if n in (1024, 8192, 32768)] or lengths[:2]),
         ("cpu", "full"): shapes(1024, [n for n in lengths if n <= 65536]),
         ("cuda", "tiny"): shapes(64, lengths[:2]),
         ("cuda", "quick"): shapes(rows, [n for n in lengths if n in (1024, 4096, 16384, 131072)] or lengths[:2]),

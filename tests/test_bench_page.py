@@ -90,7 +90,8 @@ def test_charts_place_their_points():
     scale = charts.Scale(1.0, 100.0, 0.0, 200.0)
     assert [round(scale(value)) for value in (1, 10, 100)] == [0, 100, 200]
     assert charts.Scale(0.0, 4.0, 100.0, 0.0, log=False)(1.0) == 75.0
-    assert charts.decades(0.05, 200) == [0.1, 1, 10, 100] and charts.round_steps(87.0) == [0, 50] and charts.round_steps(350) == [0, 100, 200, 300]
+    assert charts.decades(0.05, 200) == [0.1, 1, 10, 100] and charts.decades(0.3, 6) == [0.5, 1, 2, 5]
+    assert charts.round_steps(87.0) == [0, 50] and charts.round_steps(350) == [0, 100, 200, 300]
     assert [charts.number(v) for v in (0.02, 3.5, 120, 2048, 1 << 21)] == ["0.02", "3.5", "120", "2k", "2M"]
     drawn = charts.lines({"fastattn": [Point(1, 1, "a & b"), Point(2, 4, "c")]}, "x", "y", {"fastattn": 0})
     assert "a &amp; b" in drawn and drawn.count("<circle") == 2

@@ -93,6 +93,25 @@ def test_ours_timed_twice_gives_the_resolution(monkeypatch):
     assert figures["naive"]["ratio"] == 2.0 and figures["naive"]["tflops"] == pytest.approx(0.5)
 
 
+def test_what_cannot_be_captured_loses_its_graph_alone():
+    class FakeClock:
+        device = command.device("cpu")
+
+        def replay(self, work):
+            if work.run(None) == "synchronises":
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            return work
+
+        def measure(self, works):
+            return {name: timing.Measurement(0.5, 0.0, 50) for name in works}, {}
+
+    candidates = {name: {"fwd": timing.Work(lambda _, name=name: name)} for name in ("fastattn", "synchronises")}
+    modes = {"fwd": {name: figure(1.0) for name in candidates}}
+    reasons = suite._measure_replays(candidates, modes, FakeClock())
+    assert reasons == {"synchronises": "RuntimeError: operation not permitted when stream is capturing"}
+    assert [modes["fwd"][name]["graph_ms"] for name in candidates] == [0.5, None]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # One file, gone on with.
 
@@ -156,6 +175,15 @@ def test_rows_are_measured_again_for_what_they_lack(measured, tmp_path):
     bench(path, "softmax", "--mode", "bwd")
     assert len(ids) == 6
     assert all({"torch", "naive"} < set(row["modes"]["bwd"]) for _, row in results.each_row(results.load(path)))
+
+
+def test_the_quick_suite_leaves_out_what_is_a_sum(measured, tmp_path):
+    path = tmp_path / "bench.json"
+    arguments = ["bench", "rotary", "--device", "cpu", "--suite", "quick", "--json", str(path)]
+    assert main(arguments) == 0
+    assert all(set(row["modes"]) == {"fwd", "bwd"} for _, row in results.each_row(results.load(path)))
+    assert main([*arguments, "--mode", "fwd+bwd"]) == 0
+    assert all(set(row["modes"]) == {"fwd", "bwd", "fwd+bwd"} for _, row in results.each_row(results.load(path)))
 
 
 @pytest.mark.parametrize("name", ["commit", "changes", "torch", "threads"])

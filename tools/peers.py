@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 
 class Peer(NamedTuple):
-    """wheels: requirements without their dependencies, which are listed too where torch does not bring them; empty: why there is none."""
+    """wheels: what to fetch, at versions that go together; dependencies are listed too, but for those that torch brings. None: see note."""
 
     name: str
     ops: str
@@ -25,14 +25,17 @@ class Peer(NamedTuple):
     note: str = ""
 
 
-CUTE = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi", "torch-c-dlpack-ext")
+CUTE = (
+    *(f"nvidia-cutlass-dsl{part}==4.8.1" for part in ("", "-libs-base", "-libs-cu13")), "apache-tvm-ffi", "torch-c-dlpack-ext", "einops",
+    "quack-kernels==0.6.5",
+)  # fmt: skip
 PEERS = (
-    Peer("flash-attn 4", "attention", ("flash-attn-4", "quack-kernels", "einops", *CUTE), "a beta: --pre; one wheel is 92 MB"),
-    Peer("QuACK", "softmax, norm, cross_entropy, linear_cross_entropy", ("quack-kernels", "einops", *CUTE)),
-    Peer("SonicMoE", "moe", ("sonic-moe", "quack-kernels", *CUTE)),
-    Peer("Liger", "softmax, norm, rotary, glu, cross_entropy, linear_cross_entropy, moe", ("liger-kernel",), "1 MB"),
-    Peer("FlashInfer", "attention, paged_attention, norm, glu, sampling, …", ("flashinfer-python",), "62 MB; compiles with nvcc there"),
-    Peer("xformers", "attention", ("xformers",), "3 MB"),
+    Peer("flash-attn 4", "attention", ("flash-attn-4==4.0.0b36", *CUTE), "one wheel is 92 MB"),
+    Peer("QuACK", "softmax, norm, cross_entropy, linear_cross_entropy", CUTE),
+    Peer("SonicMoE", "moe", ("sonic-moe==0.1.2.post1", *CUTE)),
+    Peer("Liger", "softmax, norm, rotary, glu, cross_entropy, linear_cross_entropy, moe", ("liger-kernel==0.8.5",), "1 MB"),
+    Peer("FlashInfer", "attention, paged_attention, norm, glu, sampling", ("flashinfer-python==0.7.2.post1",), "62 MB; needs nvcc there"),
+    Peer("xformers", "attention", ("xformers==0.0.35",), "3 MB"),
     Peer("flash-attn 2, flash-attn 3", "attention, rotary", (), "no wheel: built from source against the machine's torch"),
     Peer("apex", "norm", (), "no wheel: built from source"),
     Peer("ScatterMoE", "grouped_mm, moe", (), "no wheel: pure Python, from its repository"),
@@ -45,7 +48,7 @@ def download(folder: Path, python: str, platforms: list[str]) -> int:
     """Every wheel for that Python; 1 where one could not be had, after trying the others."""
     failed = 0
     for wheel in dict.fromkeys(wheel for peer in PEERS for wheel in peer.wheels):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--pre", "--only-binary=:all:", "--implementation=cp"]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--implementation=cp"]
         command += [f"--python-version={python}", *(f"--platform={p}" for p in platforms), "--dest", str(folder), wheel]
         done = subprocess.run(command, capture_output=True, text=True)
         print(f"{wheel}: {'ok' if done.returncode == 0 else done.stderr.strip().splitlines()[-1]}", flush=True)
