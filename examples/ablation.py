@@ -64,7 +64,8 @@ def measure(config: Config, data: tuple[PackedText, PackedText], settings: Setti
     clock = Clock(data[0])
     trainer = Trainer(model, clock, settings, report=lambda line: None)
     trainer.run()
-    validation = Trainer(model, data[1], settings, validation=data[1], report=lambda line: None).validate()
+    trainer.validation = data[1]
+    validation = trainer.validate()
     last = statistics.mean(trainer.losses[-10:])
     return (
         f"{model.num_parameters() / 1e6:.2f} M", f"{last:.3f}", f"{validation:.3f}", f"{math.exp(validation):.2f}",
@@ -98,21 +99,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--validation-batches", type=int, default=1000, help="at most as many; by default all that is held out")
     parser.add_argument("--only", nargs="+", default=[""], metavar="REGEX", help="variants to train, by name")
     options = parser.parse_args()
     if options.steps < 3:
         parser.error("--steps must be 3 or more")
     data = text_data(options.batch_tokens, options.seqlen)
-    settings = Settings(steps=options.steps, lr=3e-3, dtype=options.dtype, validation_batches=1000)
+    settings = Settings(steps=options.steps, lr=3e-3, dtype=options.dtype, validation_batches=options.validation_batches)
     print("| model | parameters | training loss | validation loss | perplexity a byte | ms a step |\n|---|---|---|---|---|---|")
     for name, changes in VARIANTS.items():
         if any(re.search(pattern, name) for pattern in options.only):
             config = config_of(changes, options.hidden_size, options.layers, options.seqlen)
             print("| " + " | ".join((name, *measure(config, data, settings, options.device))) + " |", flush=True)
-    print(
-        f"\n{options.steps} steps of {options.batch_tokens} bytes in pieces of {options.seqlen}; {options.layers} layers of {options.hidden_size}; "
-        f"{options.dtype} on {options.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}"
-    )
+    sizes = f"{options.layers} layers of {options.hidden_size}, {options.dtype} on {options.device}"
+    print(f"\n{options.steps} steps of {options.batch_tokens} bytes in pieces of {options.seqlen}; {sizes}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}")
 
 
 if __name__ == "__main__":

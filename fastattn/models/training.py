@@ -214,8 +214,11 @@ class Trainer:
 
     def _run(self, asked: Callable[[], bool], log: TrainingLog | None) -> None:
         settings = self.settings
-        peak, what = peak_flops(self.ranks.device, DTYPES[settings.dtype])
-        self.report(f"{_num_parameters(self.model):,} parameters, {len(self.data):,} batches an epoch; MFU is of {what}")
+        peak, remark = math.inf, ""
+        if hasattr(self.model, "flops_per_token"):
+            peak, what = peak_flops(self.ranks.device, DTYPES[settings.dtype])
+            remark = f"; MFU is of {what}"
+        self.report(f"{_num_parameters(self.model):,} parameters, {len(self.data):,} batches an epoch{remark}")
         since = Work()  # the last progress line
         while self.step < settings.steps:
             row, work, stop = self._step(asked())

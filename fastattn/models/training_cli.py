@@ -168,6 +168,8 @@ def _new_tokenizer(options: argparse.Namespace) -> Tokenizer:
             raise ValueError(f"--tokenizer must be bpe:SIZE, as bpe:4096, got {name!r}")
         files = text_files(options.data, options.glob)
         return tokenizers.train_bpe((text for text, _ in read_text(files)), int(size))
+    if not Path(name).exists():
+        raise DataError(f"--tokenizer must be bytes, bpe:SIZE, or a file or folder that is there, got {name!r}")
     return tokenizers.load(name)
 
 
