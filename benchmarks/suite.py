@@ -26,6 +26,7 @@ from .verification import Check, check, relative_error
 OPS = (
     "attention", "softmax", "norm", "rotary", "glu", "cross_entropy", "linear_cross_entropy", "sampling",
     "merge_attention", "append_paged_kv", "paged_attention", "moe_routing", "grouped_mm", "moe", "moe_decode",
+    "layer", "model", "model_decode",
 )  # fmt: skip
 OURS, PASSES = report.OURS, tuple(report.TITLES)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
