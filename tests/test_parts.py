@@ -1,7 +1,6 @@
 """Occupancy against published numbers, bounds against examples counted by hand, and the reader of hot loops against a listing."""
 
 import dataclasses
-import math
 
 import pytest
 
@@ -124,6 +123,8 @@ def test_counts_survive_json():
 ATTENTION = """
 .L_x_0:
         /*0000*/                   UTMALDG.4D [UR8], [UR6] ;
+        /*0004*/               @P0 IMAD.MOV.U32 R12, RZ, RZ, 0x4800 ;
+        /*0008*/               @P0 SYNCS.ARRIVE.TRANS64 RZ, [R13+URZ+0xd800], R12 ;
         /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR5], R3 ;
         /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
         /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
@@ -145,14 +146,16 @@ ATTENTION = """
 def test_counts_of_a_listing():
     counts = hot_loop.counts_of(sass.parse(ATTENTION), warps=8)
     assert counts == Counts(
-        warps=8, loop=True, instructions=15, mma={"HGMMA": 3},
+        warps=8, loop=True, instructions=17, mma={"HGMMA": 3},
         mma_flops=2 * (2 * 2 * 64 * 128 * 16 + 2 * 64 * 64 * 16),  # two warp groups
         tma=1, ex2=1, mufu=2, ffma=3, fp32=4, shuffles=1, barriers=2,
         # wgmma: 64 rows and 128 columns of 32 bytes, twice; 64 columns, the rows being in registers; four matrices of 128 bytes and 16 bytes
         # a lane for each of eight warps
         shared_bytes=2 * (2 * 192 + 64) * 32 + 8 * (4 * 128 + 16 * 32),
-        global_bytes=None,
+        global_bytes=0x4800,
     )  # fmt: skip
+    unknown = hot_loop.counts_of(sass.parse(ATTENTION.replace("0x4800", "R4")), warps=8)
+    assert unknown == dataclasses.replace(counts, global_bytes=None)
 
 
 def test_a_loop_without_products_is_the_one_that_moves_most():
@@ -190,4 +193,20 @@ def test_flops_of_an_instruction(text, flops):
     (instruction,) = sass.parse(f"        /*0000*/                   {text} ;")
     found = hot_loop.flops_of(instruction, [instruction], warps=4)
     assert found == (None if flops is None else 4 * flops)
-    assert flops is None or not math.isnan(found)
+
+
+def test_tcgen05_says_its_size_in_a_descriptor():
+    listing = """
+        /*0000*/                   UMOV UR17, 0x40004040 ;
+        /*0010*/                   UMOV UR17, 0x8210490 ;
+        /*0020*/                   UMOV UR171, 0x1 ;
+        /*0030*/                   UTCHMMA tmem[UR23], gdesc[UR28], tmem[UR4], tmem[UR16], idesc[UR17], UPT ;
+        /*0040*/                   UTCHMMA gdesc[UR24], gdesc[UR28], tmem[UR4], tmem[UR16], idesc[UR17], UPT ;
+        /*0050*/                   UIADD3 UR17, UR17, 0x1, URZ ;
+        /*0060*/                   UTCHMMA gdesc[UR24], gdesc[UR28], tmem[UR4], tmem[UR16], idesc[UR17], UPT ;
+"""
+    code = sass.parse(listing)
+    products = [i for i in code if i.base == "UTCHMMA"]
+    assert [hot_loop.tcgen05_tile(i, code) for i in products] == [(128, 128), (128, 128), None]
+    assert [hot_loop.flops_of(i, code, warps=8) for i in products] == [2 * 128 * 128 * 16] * 2 + [None]
+    assert [hot_loop.shared_bytes(i, code, warps=8) for i in products] == [128 * 32, 256 * 32, 0]

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -298,7 +301,7 @@ def line(**changes):
         (["[]"], 1, r'the first line must have {"gpu": "NVIDIA H200", "capability": "9.0"}, got \[\]'),
         (['{"gpu": "NVIDIA B200", "capability": "10.0"}'], 1, 'got {"gpu": "NVIDIA B200", "capability": "10.0"}'),
         ([HEADER, line(), "{"], 3, "Expecting property name"),
-        ([HEADER, ""], 2, "Expecting value"),
+        ([HEADER, "", line()], 2, "Expecting value"),
         ([HEADER, "3"], 2, "a line must have table, row and tile, and may have a receipt, got 3"),
         ([HEADER, line(extra=1)], 2, "a line must have table, row and tile, and may have a receipt"),
         ([HEADER, line(table="tiles")], 2, "table must be one of attention, rows, paged, grouped, got 'tiles'"),
@@ -379,10 +382,6 @@ def test_the_first_call_on_a_gpu_installs(tmp_path, monkeypatch):
 
 def test_every_operators_cuda_implementation_reads_it():
     """In a process of its own, as operators are defined at import."""
-    import os
-    import subprocess
-    import sys
-
     code = (
         "import fastattn, torch\n"
         "from fastattn.ops import operator, tuned\n"

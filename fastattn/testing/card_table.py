@@ -119,8 +119,8 @@ def print_table(found: list[dict[str, Any]]) -> None:
     rows = [[*map(str, cells(one))] for one in found]
     print_table(f"{len(found)} kernel cards", COLUMNS, rows, left=2)
     print(
-        "occupancy: resident warps, their share of the limit, and what sets it. instructions to barriers: of one warp, in the hot loop, or\n"
-        "in a kernel without one (k). ex2: of them under P·V. bound: the share of the matrix, fp32 or DRAM peak that is left if all\n"
+        "occupancy: resident warps, their share of the limit, and what sets it. instructions to barriers: of one warp, in the hot loop,\n"
+        "or in a kernel without one (k). ex2: of them under P·V. bound: the share of the matrix, fp32 or DRAM peak that is left if all\n"
         "else runs in its shadow; in brackets, one after the other. Read off machine code and data sheets: not measured."
     )
 

@@ -35,6 +35,7 @@ def counts_of(code: list[Instruction], warps: int) -> Counts:
     opcodes = Counter(i.base for i in body)
     tma = sum(opcodes[name] for name in _TMA)
     flops = [flops_of(i, code, warps) for i in body if is_mma(i)]
+    by_tma = tma_bytes(body, code) if tma else 0
     return Counts(
         warps=warps,
         loop=is_loop,
@@ -49,8 +50,8 @@ def counts_of(code: list[Instruction], warps: int) -> Counts:
         fp32=sum(lanes * opcodes[name] for name, lanes in _FP32.items()),
         shuffles=opcodes["SHFL"],
         barriers=opcodes["BAR"] + sass.count(body, "SYNCS.PHASECHK"),
-        shared_bytes=sum(shared_bytes(i, warps) for i in body),
-        global_bytes=None if tma else sum(map(global_bytes, body)) * warps,
+        shared_bytes=sum(shared_bytes(i, code, warps) for i in body),
+        global_bytes=None if by_tma is None else by_tma + sum(map(global_bytes, body)) * warps,
     )
 
 
@@ -84,20 +85,54 @@ def flops_of(product: Instruction, code: list[Instruction], warps: int) -> int |
         m, n, k = shape
         wide = 2 if "TF32" in product.opcode else 1
         return 2 * m * n * k * wide * warps // (2 if product.base in ("QMMA", "IMMA") else 1)
+    if tile := tcgen05_tile(product, code):  # one thread's, for all
+        return 2 * tile[0] * tile[1] * 16
     return None
 
 
-def shared_bytes(access: Instruction, warps: int) -> int:
-    """What an instruction, of all warps, moves in or out of shared memory."""
+def tcgen05_tile(product: Instruction, code: list[Instruction]) -> tuple[int, int] | None:
+    """Rows and columns of a tcgen05.mma, from the instruction descriptor (PTX ISA, "Instruction descriptor": N/8 from bit 17, M/16 from bit
+    24), a constant that is moved to a uniform register before it. None where it is no constant."""
+    register = re.search(r"idesc\[(UR\d+)\]", product.text)
+    descriptor = register and constant_in(register[1], product, code)
+    if not descriptor:
+        return None
+    m, n = 16 * (descriptor >> 24 & 0x1F), 8 * (descriptor >> 17 & 0x3F)
+    return (m, n) if m in (64, 128, 256) and n else None
+
+
+def constant_in(register: str, user: Instruction, code: list[Instruction]) -> int | None:
+    """The constant that the nearest write before an instruction puts into a register of its; None for another kind of write."""
+    before = (i for i in reversed(code) if i.address < user.address)
+    write = next((i for i in before if _operands(i)[0] == register), None)
+    found = write and re.fullmatch(r"U?MOV|IMAD\.MOV\.U32", write.opcode) and re.fullmatch(r"0x[0-9a-f]+", _operands(write)[-1])
+    return int(found[0], 16) if found else None
+
+
+def _operands(instruction: Instruction) -> list[str]:
+    return [operand.strip() for operand in instruction.text.split(instruction.opcode, 1)[1].split(",")]
+
+
+def tma_bytes(body: list[Instruction], code: list[Instruction]) -> int | None:
+    """What a program's TMA loads bring in: the numbers of bytes that its mbarriers are told to expect. None where one is no constant."""
+    arrivals = [i for i in body if i.opcode.startswith("SYNCS.ARRIVE.TRANS64")]
+    expected = [constant_in(_operands(i)[-1], i, code) for i in arrivals]
+    return None if not expected or None in expected else sum(expected)
+
+
+def shared_bytes(access: Instruction, code: list[Instruction], warps: int) -> int:
+    """What an instruction, of all warps, moves in or out of shared memory; operands that matrix instructions read there included."""
     if matrices := _MATRICES.match(access.opcode):
         return int(matrices[1] or 1) * _MATRIX_BYTES * warps
     if access.base in ("LDS", "STS", "LDGSTS"):
         return sass._bits(access) // 8 * WARP_SIZE * warps
     if access.base in _WGMMA and (tile := _TILE.search(access.opcode)):
         m, n, _ = map(int, tile.groups())
-        operands = access.text.split(access.opcode, 1)[1].split(",")
-        from_registers = operands[1].strip().startswith("R")
+        from_registers = _operands(access)[1].startswith("R")
         return (n + (0 if from_registers else m)) * _DEPTH_BYTES * warps // QUARTERS
+    if access.base.startswith("UTC") and (size := tcgen05_tile(access, code)):
+        in_tensor_memory = _operands(access)[0].startswith("tmem")
+        return (size[1] + (0 if in_tensor_memory else size[0])) * _DEPTH_BYTES
     return 0
 
 

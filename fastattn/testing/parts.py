@@ -126,7 +126,7 @@ class Counts:
     shuffles: int = 0  # SHFL
     barriers: int = 0  # BAR, and waits for an mbarrier
     shared_bytes: int = 0  # that a program reads and writes in shared memory, the operands of wgmma with it, TMA's writes left out
-    global_bytes: int | None = 0  # that a program's loads and stores move, every lane active; None where TMA moves some
+    global_bytes: int | None = 0  # that a program's loads and stores move, every lane active; None: not known, of TMA
 
     def as_json(self) -> dict[str, Any]:
         """Without what is nothing, as cards are many."""
