@@ -277,7 +277,7 @@ def test_every_card_is_an_object(tmp_path, capsys):
 
 
 def test_an_attention_card(tmp_path):
-    (one,) = (one for one in listed(tmp_path, "--op", "attention", "--arch", "sm_90", "--flags", "plain") if one["name"] == NAME)
+    (one,) = (one for one in listed(tmp_path, "--op", "attention", "--arch", "sm_90", "--only", "plain") if one["name"] == NAME)
     assert one["op"] == "attention" and one["arch"] == "sm_90" and one["flags"] == [] and one["dtype"] == "bf16"
     assert one["head_dim"] == one["size"] == 128 and one["warps"] == 8 and one["spills"] == 0
     assert one["occupancy"] == {"programs": 1, "warps": 8, "share": 0.125, "limited_by": "registers"}
@@ -310,7 +310,7 @@ def test_stale_cards_are_marked(golden, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--json", "x", "--check"], "--json goes with none of"), (["--all"], "--all goes with --update"), (["--arch", "sm_70"], "invalid choice: 'sm_70'")],
+    [(["--json", "x", "--check"], "--json goes with none of"), (["--all"], "--all goes with --update"), (["--only", "("], "must be a regular expression, got '('"), (["--arch", "sm_70"], "invalid choice: 'sm_70'")],
     ids=str,
 )
 def test_options_that_do_not_go_together(arguments, message, capsys):

@@ -90,7 +90,7 @@ def show(golden: dict[str, Card], changed: list[Job], selected: Callable[[Job], 
     """Print a table, or write the list of objects; what is left out is said. Always 0."""
     changed = [job for job in changed if selected(job)]
     found = entries(golden, changed, selected)
-    compiled, left_out = cuda_cards.entries(options.golden, options.op, options.arch) if not options.flags else ([], [])
+    compiled, left_out = cuda_cards.entries(options.golden, options.op, options.arch) if not options.only else ([], [])
     found += compiled
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -5,7 +5,7 @@
     fastattn cards --update     compile, without a GPU, the rows whose sources or tiles changed, and rewrite the golden files
     fastattn cards --check      compile every row and compare; a worse figure fails
     fastattn cards --changed    the same for the rows that changed and a fixed sample
-    … --op softmax --arch sm_90 no other ops' rows, no other part's
+    … --op softmax --arch sm_90 --only 'half 4096'      no other ops' rows, no other part's, none but these
 
 A row (kernel, part, dtype class, size) is compiled through its real launcher under the stub driver with each of the op's sets of flags
 (fastattn/testing/families/OP.py says which). tests/cards/<launcher>.json holds one card a line:
@@ -27,6 +27,7 @@ import inspect
 import io
 import json
 import multiprocessing
+import re
 import sys
 import textwrap
 import tokenize
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--golden", type=Path, default=GOLDEN, help="their folder (default: tests/cards)")
     parser.add_argument("--op", action="append", choices=list(families()), help="an op (default: all)")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="a part (default: all)")
-    parser.add_argument("--flags", action="append", help="options that rows are compiled with (default: all)")
+    parser.add_argument("--only", type=_regex, metavar="REGEX", help="rows, e.g. 'half 128 plain'")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
     compiling = options.update or options.check or options.changed
@@ -308,14 +309,21 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
+
+
 ARCHS = {f"sm_{part.removeprefix('sm')}": part for part in PARTS}
 
 
 def _selected(options: argparse.Namespace) -> Callable[[Job], bool]:
-    """Whether a job is one of those asked for by --op, --arch and --flags."""
+    """Whether a job is one of those asked for by --op, --arch and --only."""
     chosen = {launcher for op in options.op or families() for launcher in families()[op].launchers}
     parts = {ARCHS[arch] for arch in options.arch or ARCHS}
-    return lambda job: job.launcher in chosen and job.part in parts and (not options.flags or job.flags in options.flags)
+    return lambda job: job.launcher in chosen and job.part in parts and (not options.only or options.only.search(str(job)) is not None)
 
 
 def _update(golden: dict[str, Card], options: argparse.Namespace) -> list[str]:
@@ -335,7 +343,7 @@ def _update(golden: dict[str, Card], options: argparse.Namespace) -> list[str]:
     write_golden(golden, options.golden, touched)
     if (reason := cuda_cards.unable()) is not None:
         print(f"left out: csrc/cuda: {reason}")
-    elif not options.flags:
+    elif not options.only:
         stale = cuda_cards.stale(cuda_cards.read(options.golden))
         wanted = [one for one in cuda_cards.selected(options.op, options.arch) if options.all or one in stale]
         cuda_cards.update(options.golden, wanted)
@@ -352,9 +360,9 @@ def _compare(golden: dict[str, Card], options: argparse.Namespace) -> list[str]:
         for name, card in found.items():
             _show(name, card)
     wrong = judge(cards, golden)
-    if options.check and not (options.op or options.arch or options.flags):
+    if options.check and not (options.op or options.arch or options.only):
         wrong += [f"{name}: has a golden card and is in no table" for name in sorted(set(golden) - set(cards))]
-    if options.check and not options.flags:
+    if options.check and not options.only:
         if (reason := cuda_cards.unable()) is not None:
             print(f"left out: csrc/cuda: {reason}")
         else:
