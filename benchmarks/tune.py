@@ -18,7 +18,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,8 +213,8 @@ class Result:
         return self.best != self.present and 1 - self.ratios[self.best] > max(LEAST_GAIN, self.resolution)
 
 
-def measure_row(row: Row, kept: Sequence[Any], dropped: dict[Any, str], cases: Sequence[Case], measure: Measure) -> Result:
-    """Run every tile on every case. A tile that raises, or whose result is wrong, is dropped with what it said."""
+def measure_row(row: Row, kept: Sequence[Any], dropped: dict[Any, str], cases: Iterable[Case], measure: Measure) -> Result:
+    """Run every tile on every case, one case after the other. A tile that raises or whose result is wrong is dropped, with what it said."""
     result = Result(row, kept[0], dropped=dict(dropped), times={tile: {} for tile in kept})
     for case in cases:
         works = {}
@@ -235,9 +235,10 @@ def measure_row(row: Row, kept: Sequence[Any], dropped: dict[Any, str], cases: S
                 result.times[tile][case.name] = times[str(tile)]
             elif str(tile) in failures and tile not in result.dropped:
                 result.dropped[tile] = failures[str(tile)]
+    present = result.times[result.present]
     for tile in kept:
         if tile not in result.dropped:
-            logs = [math.log(result.times[tile][case.name][0] / result.times[result.present][case.name][0]) for case in cases]
+            logs = [math.log(result.times[tile][name][0] / ms) for name, (ms, _) in present.items()]
             result.ratios[tile] = math.exp(sum(logs) / len(logs))
     return result
 
@@ -338,19 +339,22 @@ def tune(
     measure: Measure, wanted: Callable[[Row], bool] = lambda row: True, reach: int = 2,
     cases_of: Callable[..., list[Case]] = cases_of,
 ) -> Iterator[Result]:  # fmt: skip
-    """Each row's result, as it comes."""
-    cases = [case for shape in shapes for case in cases_of(found, shape, dtype, device, passes)]
-    users: dict[Row, list[Case]] = {}
-    for case in cases:
-        for row in asked_by(lambda: case.work.run(case.work.prepare())):  # noqa: B023
-            if wanted(row):
-                users.setdefault(row, []).append(case)
+    """Each row's result, as it comes. Of the shapes' tensors, one shape's are there at a time."""
+
+    users: dict[Row, dict[Any, set[str]]] = {}  # row → shape → cases
+    for shape in shapes:
+        for case in cases_of(found, shape, dtype, device, passes):
+            for row in filter(wanted, asked_by(lambda: case.work.run(case.work.prepare()))):  # noqa: B023
+                users.setdefault(row, {}).setdefault(shape, set()).add(case.name)
     tables = tuned.tables()
-    for row, own in users.items():
+    for row, used in users.items():
         tiles = candidates(tables[row.table].pick(*row.key), reach)
         job = job_of(row, part)
         kept, dropped = prune(row, tiles, job) if job is not None else (tiles, {})
-        yield measure_row(row, kept, dropped, own, measure)
+        cases = (
+            case for shape, names in used.items() for case in cases_of(found, shape, dtype, device, passes) if case.name in names
+        )  # fmt: skip
+        yield measure_row(row, kept, dropped, cases, measure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
