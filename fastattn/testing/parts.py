@@ -181,5 +181,5 @@ def bound(counts: Counts, part: Part, peak: Peak, overlap: float = 0.0) -> Bound
     in_order = None
     if peak == "tensor":
         beside = max(cycles.get(unit, 0.0) for unit in ("mufu", "fp32", "issue"))
-        in_order = 100 * wanted / max(wanted + (1 - overlap) * beside, cycles[slowest])
-    return Bound(cycles, slowest, peak, 100 * wanted / cycles[slowest], in_order)
+        in_order = wanted / max(wanted + (1 - overlap) * beside, cycles[slowest]) * 100
+    return Bound(cycles, slowest, peak, wanted / cycles[slowest] * 100, in_order)
