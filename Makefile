@@ -96,7 +96,7 @@ lint: $(VENV)/.setup
 	$(PY) -m ruff check .
 
 cards: $(VENV)/.setup
-	$(PY) -m fastattn cards
+	$(PY) -m fastattn cards --update
 
 cards-check: $(VENV)/.setup
 	$(PY) -m fastattn cards --check

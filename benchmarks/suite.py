@@ -21,6 +21,7 @@ from .verification import Check, check, relative_error
 OPS = (
     "attention", "softmax", "norm", "rotary", "glu", "cross_entropy", "linear_cross_entropy", "sampling",
     "merge_attention", "append_paged_kv", "paged_attention", "moe_routing", "grouped_mm", "moe", "moe_decode",
+    "layer", "model", "model_decode",
 )  # fmt: skip
 OURS, AGAIN = "fastattn", "fastattn, again"  # ours is timed twice: what it differs from itself by is noise
 MODES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward + backward"}

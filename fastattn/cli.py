@@ -19,11 +19,14 @@ import torch
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 when all went well, 1 when a check was red; argparse exits 2 on bad arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] in (["cards"], ["dump"]):  # their arguments are their own
-        module = importlib.import_module(f"fastattn.testing.{arguments[0]}")
-        return module.main(arguments[1:]) or 0
+    if arguments and arguments[0] in _OF_THEIR_OWN:
+        return importlib.import_module(_OF_THEIR_OWN[arguments[0]]).main(arguments[1:]) or 0
     options = _parser().parse_args(arguments)
     return options.command(options)
+
+
+# Commands whose arguments are their own.
+_OF_THEIR_OWN = {"cards": "fastattn.testing.cards", "dump": "fastattn.testing.dump", "tune": "fastattn.benchmarks.tune"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     training_cli.add_arguments(add("train", training_cli.run, "train a transformer on text, on one device or by torchrun on several"))
     explain.add_arguments(add("explain", explain.run, "one text's way through a model, as a page to look at"))
     generate_command.add_arguments(add("generate", generate_command.run, "continue prompts with a model, streaming"))
-    add("cards", None, "compile every row of the tile table and record what came out (--check: compare)")
+    add("cards", None, "show what the compiler makes of every kernel (--update: compile and record it; --check: compare)")
+    add("tune", None, "measure an op's tiles around the table's on this GPU, and keep the better ones")
     add("dump", None, "write the compiler's stages of an op's kernels, for any part")
     return parser
 

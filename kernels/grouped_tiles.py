@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .tile_table import TileTable
 from .tiles import part_of
 
 FEW, SOME, MANY = 16, 64, 1 << 31
@@ -58,7 +59,7 @@ def _rows(kernels: str, parts: str, dtype_class: str, rows: int, *tile: int, inn
 
 # fmt: off
 # static, all of it. L2 feeds a multiprocessor some 32 bytes a cycle: a 128×256 tile wants 49 of its share, a 128×128 one 65.
-GROUPED_TILES: dict[Key, GroupedConfig] = {
+_SHIPPED: dict[Key, GroupedConfig] = {
     **_rows("product gated", "sm80", "half", FEW, 16, 128, 64, 4, 4, 2),
     **_rows("product gated", "sm120", "half", FEW, 16, 128, 64, 4, 3, 2),
     **_rows("product gated", "sm90 sm100", "half", FEW, 16, 128, 64, 4, 4, 4, tma=True),
@@ -87,6 +88,7 @@ GROUPED_TILES: dict[Key, GroupedConfig] = {
     **_rows("weight weight_gathered", "sm80 sm90 sm100 sm120", "single", MANY, 64, 64, 32, 4, 3, 2),
 }
 # fmt: on
+GROUPED_TILES = TileTable(GroupedConfig, _SHIPPED)
 
 
 def pick_grouped_config(
@@ -99,4 +101,4 @@ def pick_grouped_config(
     """
     rows = MANY if kernel not in ("product", "gated") else next(limit for limit in (FEW, SOME, MANY) if rows_a_group <= limit)
     dtype_class = "half" if itemsize == 2 and aligned else "single"
-    return GROUPED_TILES[kernel, part_of(capability, shared_memory), dtype_class, rows, SHALLOW if inner <= SHALLOW else DEEP]
+    return GROUPED_TILES.pick(kernel, part_of(capability, shared_memory), dtype_class, rows, SHALLOW if inner <= SHALLOW else DEEP)

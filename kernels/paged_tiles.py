@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from .tile_table import TileTable
 from .tiles import HEAD_DIM_BUCKETS, part_of
 
 SMALLEST, LARGEST = 16, 1 << 30
@@ -38,7 +39,7 @@ def _parts(dtype_class: str, rows: int, *parts: str, tiles: tuple[tuple[int, ...
 
 
 # fmt: off
-PAGED_TILES: dict[tuple[str, str, int, int], PagedConfig] = {
+_SHIPPED: dict[tuple[str, str, int, int], PagedConfig] = {
     # static. Decode: 0 spills, 32 to 64 KB of loads in flight a program and 2 to 4 of those a multiprocessor.
     **_parts("half", SMALLEST, "sm80",
              tiles=((16, 64, 4, 4, 3), (16, 64, 4, 3, 2), (16, 32, 4, 3, 2), (16, 16, 4, 3, 1))),
@@ -69,6 +70,7 @@ PAGED_TILES: dict[tuple[str, str, int, int], PagedConfig] = {
              tiles=((16, 16, 4, 3), (16, 16, 8, 2), (16, 16, 4, 2), (16, 16, 16, 1))),
 }
 # fmt: on
+PAGED_TILES = TileTable(PagedConfig, _SHIPPED)
 
 
 def pick_paged_config(
@@ -78,7 +80,7 @@ def pick_paged_config(
     `rows` the most rows that a group of heads has in one sequence. Pure: no GPU needed."""
     bucket = next(limit for limit in HEAD_DIM_BUCKETS if head_dim <= limit)
     dtype_class = "single" if itemsize == 4 else "quantized" if cache_itemsize == 1 else "half"
-    return PAGED_TILES[part_of(capability, shared_memory), dtype_class, bucket, SMALLEST if rows <= SMALLEST else LARGEST]
+    return PAGED_TILES.pick(part_of(capability, shared_memory), dtype_class, bucket, SMALLEST if rows <= SMALLEST else LARGEST)
 
 
 MIN_BLOCKS_PER_SPLIT = 4  # below that the ramp of a split's loop, and its share of the merge, cost more than it saves

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .tile_table import TileTable
+
 LONG = 1 << 31
 ROW_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, LONG)
 
@@ -38,7 +40,7 @@ def _rows(kernel: str, dtype_class: str, *tiles: tuple[int, int, int]) -> dict[t
 
 
 # fmt: off
-ROW_TILES: dict[tuple[str, str, int], RowConfig] = {
+_SHIPPED: dict[tuple[str, str, int], RowConfig] = {
     # softmax: static. Forward keeps a row in registers up to 32768; 65536 spills at every legal warp count.
     **_rows("softmax_fwd", "half", (64, 64, 4), (32, 128, 4), (16, 256, 4), (2, 512, 1), (1, 1024, 1), (1, 2048, 2),
             (1, 4096, 4), (1, 8192, 8), (1, 16384, 16), (1, 32768, 16), (1, 8192, 8)),
@@ -102,10 +104,11 @@ ROW_TILES: dict[tuple[str, str, int], RowConfig] = {
             (1, 4096, 8), (8, 256, 8)),
 }
 # fmt: on
+ROW_TILES = TileTable(RowConfig, _SHIPPED)
 
 
 def pick_row_config(kernel: str, num_cols: int, itemsize: int) -> RowConfig:
     """The tile for rows of num_cols columns; `itemsize` is the widest row's. Pure: no GPU needed."""
     dtype_class = "half" if itemsize == 2 else "single"
     buckets = (bucket for bucket in ROW_BUCKETS if num_cols <= bucket and (kernel, dtype_class, bucket) in ROW_TILES)
-    return ROW_TILES[kernel, dtype_class, next(buckets, LONG)]
+    return ROW_TILES.pick(kernel, dtype_class, next(buckets, LONG))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .tile_table import TileTable
+
 
 @dataclass(frozen=True)
 class Config:
@@ -33,7 +35,7 @@ HEAD_DIM_BUCKETS = (64, 128, 256, 512)
 
 # Receipts: "static" = chosen by what the compiler makes of it (no spills, registers, shared memory, overlap; the kernel
 # cards), not yet timed on a GPU.
-TILES: dict[tuple[str, str, str, int], Config] = {
+_SHIPPED: dict[tuple[str, str, str, int], Config] = {
     # forward
     ("attention_fwd", "sm80", "half", 64): Config(128, 64, 8, 3),
     ("attention_fwd", "sm80", "half", 128): Config(128, 32, 8, 3),
@@ -135,6 +137,7 @@ TILES: dict[tuple[str, str, str, int], Config] = {
     ("attention_bwd_dq", "sm120", "single", 256): Config(16, 16, 4, 1),
     ("attention_bwd_dq", "sm120", "single", 512): Config(8, 16, 4, 1),
 }
+TILES = TileTable(Config, _SHIPPED)
 
 
 def part_of(capability: tuple[int, int], shared_memory: int) -> str:
@@ -155,7 +158,7 @@ def pick_config(
     `plain` whether nothing but a mask comes between the scores and the softmax. Pure: no GPU needed."""
     bucket = next(limit for limit in HEAD_DIM_BUCKETS if head_dim <= limit)
     dtype_class = "half" if itemsize == 2 else "single"
-    config = TILES[kernel, part_of(capability, shared_memory), dtype_class, bucket]
+    config = TILES.pick(kernel, part_of(capability, shared_memory), dtype_class, bucket)
     if not plain and config.BLOCK_M * config.BLOCK_N > 64 * 128:
         # Forward, sm_90, D = 64, every feature on: 128×128 spills 2144 bytes and is 32776 instructions, 128×64 none and
         # 9696.

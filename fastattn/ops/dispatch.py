@@ -8,6 +8,7 @@ Environment variables of the whole package, read once, here:
 
     FASTATTN_LOG=1      log each op call with its shapes and options; 2 also logs each launch with its tile
     FASTATTN_CHECK=1    check the values inside index tensors on CUDA too (this synchronises)
+    FASTATTN_TUNE_DIR   a folder of tiles that `fastattn tune` measured, in place of the shipped ones (tuned.py)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 CHECK_ON_CUDA = os.environ.get("FASTATTN_CHECK", "0") == "1"
+TUNE_DIR = os.environ.get("FASTATTN_TUNE_DIR") or None
 
 log = logging.getLogger("fastattn")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad, profiler
 
-from . import checks
+from . import checks, tuned
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -41,7 +41,7 @@ def define(schema: str, implementation: Callable, fake: Callable, *, torch_on_cu
         with torch.no_grad(), torch._C._DisableAutocast():
             return implementation(*args)
 
-    on_cuda = alone if torch_on_cuda else implementation
+    on_cuda = tuned.before(alone if torch_on_cuda else implementation)
     _library.impl(name, alone, "CPU")
     _library.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)

@@ -1,15 +1,19 @@
 """Kernel cards: what the compiler makes of every row of the tile tables, kept in golden files and compared.
 
-    fastattn cards              compile, without a GPU, the rows whose sources or tiles changed, and rewrite the golden files
+    fastattn cards              show what the golden files say, with the occupancy and the bound that follow; compiles nothing
+    fastattn cards --json F     the same as a list of objects (card_table.py)
+    fastattn cards --update     compile, without a GPU, the rows whose sources or tiles changed, and rewrite the golden files
     fastattn cards --check      compile every row and compare; a worse figure fails
     fastattn cards --changed    the same for the rows that changed and a fixed sample
-    … --op softmax --op norm    no other ops' rows
+    … --op softmax --arch sm_90 --only 'half 4096'      no other ops' rows, no other part's, none but these
 
 A row (kernel, part, dtype class, size) is compiled through its real launcher under the stub driver with each of the op's sets of flags
 (fastattn/testing/families/OP.py says which). tests/cards/<launcher>.json holds one card a line:
 
     "attention_fwd sm90 half 128 plain": {"config": "128x128 w8 s2 tma overlap", "registers": 252, "stack": 0, ...}
 
+"loop" is what the hot loop issues (hot_loop.py). It came later than the other figures, and a card gets it when it is next compiled: by
+`--update --all`, or as its sources change. Its reader is not part of the hash; wherever a row is compiled, it has to read as it did.
 Figures hold for one compiler, so under another Triton than the files' nothing is compared, and that is said.
 """
 
@@ -23,18 +27,20 @@ import inspect
 import io
 import json
 import multiprocessing
+import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import triton
 
-from . import sass
-from .families import Card, Family, Job, families, narrow
+from . import cuda_cards, sass
+from .families import PARTS, Card, Family, Job, families, narrow
+from .hot_loop import read_counts
 from .stub_driver import stub_driver
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "cards"
@@ -83,7 +89,8 @@ def compile_cards(job: Job, **override: Any) -> dict[str, Card]:
             figures = sass.read_card(recorded.compiled)
             for redundant in ("name", "arch", "num_warps"):
                 del figures[redundant]
-            cards[name] = {"config": tiles.get(kernel, "")} | about | figures
+            loop = read_counts(recorded.compiled).as_json()
+            cards[name] = {"config": tiles.get(kernel, "")} | about | figures | {"loop": loop}
     return cards
 
 
@@ -151,9 +158,14 @@ def job_hash(job: Job) -> str:
 # What a card must satisfy, alone and against its golden one.
 
 
+def job_of(card: Card) -> Job:
+    launcher, part, dtype_class, size, flags = card["job"].split()
+    return Job(launcher, part, dtype_class, int(size), flags)
+
+
 def violations(name: str, card: Card) -> list[str]:
     """The rules a card breaks by itself, in words."""
-    job = Job(*card["job"].split()[:3], int(card["job"].split()[3]), card["job"].split()[4])
+    job = job_of(card)
     wrong = family_of(job.launcher).rules(name, card)
     if card["shared"] > job.shared_memory:
         wrong.append(f"shared memory {card['shared']} is over {job.part}'s {job.shared_memory}")
@@ -167,13 +179,23 @@ def regressions(name: str, card: Card, golden: Card) -> list[str]:
         for figure, slack in SLACK.items()
         if (card[figure] or 0) > slack(golden[figure] or 0)
     ]
-    if set(card["mma"]) != set(golden["mma"]):
+    fewer = card["config"] == golden["config"] and any(card["mma"].get(kind, 0) < number for kind, number in golden["mma"].items())
+    if set(card["mma"]) != set(golden["mma"]) or fewer:
         worse.append(f"{name}: matrix instructions were {golden['mma']}, now {card['mma']}")
     if narrow(card) > narrow(golden):
         worse.append(f"{name}: accesses narrower than 128 bits grew from {golden['access']} to {card['access']}")
     if golden["tma"] and not card["tma"]:
         worse.append(f"{name}: TMA loads are gone")
     return worse
+
+
+def changes(card: Card, golden: Card) -> list[str]:
+    """Every figure that is another than the golden one, as `registers: 248 → 255`."""
+    now, then = ({**c, **{f"loop {k}": v for k, v in c.get("loop", {}).items()}} for c in (card, golden))
+    figures = sorted((now.keys() | then.keys()) - {"loop", "hash", "job", "triton"})
+    if not golden.get("loop"):
+        figures = [figure for figure in figures if not figure.startswith("loop ")]
+    return [f"{figure}: {then.get(figure, 0)} → {now.get(figure, 0)}" for figure in figures if now.get(figure, 0) != then.get(figure, 0)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -226,7 +248,14 @@ def judge(cards: dict[str, Card], golden: dict[str, Card]) -> list[str]:
     wrong = []
     for name, card in sorted(cards.items()):
         wrong += violations(name, card)
-        wrong += regressions(name, card, golden[name]) if name in golden else [f"{name}: has no golden card"]
+        if name not in golden:
+            wrong.append(f"{name}: has no golden card")
+            continue
+        worse = regressions(name, card, golden[name])
+        if not worse and card["hash"] == golden[name]["hash"] and card["loop"] != golden[name].get("loop", card["loop"]):
+            worse = [f"{name}: its hot loop reads otherwise than its card says, from the same code: see hot_loop.py"]
+        if worse:
+            wrong += [*worse, *(f"    {change}" for change in changes(card, golden[name]))]
     return wrong
 
 
@@ -241,49 +270,107 @@ def _show(name: str, card: Card) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The `cards` command; returns its exit status."""
-    about = "Compile the tile table without a GPU, and keep or compare what the compiler made of it."
+    about = "What the compiler makes of the tile tables, without a GPU: show it, keep it in golden files, compare it with them."
     parser = argparse.ArgumentParser(prog="fastattn cards", description=about)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--check", action="store_true", help="compare every row with the golden files")
-    mode.add_argument("--changed", action="store_true", help="compare rows whose sources changed, and a fixed sample")
+    mode.add_argument("--update", action="store_true", help="compile the rows whose sources changed, and rewrite the golden files")
+    mode.add_argument("--check", action="store_true", help="compile every row and compare it with the golden files")
+    mode.add_argument("--changed", action="store_true", help="compare the rows whose sources changed, and a fixed sample")
+    parser.add_argument("--all", action="store_true", help="with --update: compile the rows that did not change, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the cards shown as a list of objects")
     parser.add_argument("--golden", type=Path, default=GOLDEN, help="their folder (default: tests/cards)")
-    parser.add_argument("--op", action="append", choices=list(families()), help="an op to compile (default: all)")
+    parser.add_argument("--op", action="append", choices=list(families()), help="an op (default: all)")
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="a part (default: all)")
+    parser.add_argument("--only", type=_regex, metavar="REGEX", help="rows, e.g. 'half 128 plain'")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
-    checking = options.check or options.changed
-    if comparable() is not None and (checking or options.golden == GOLDEN):
-        print(f"skipped: {comparable()}")
-        return 0
-    golden: dict[str, Card] = {}
+    compiling = options.update or options.check or options.changed
+    if options.json and compiling:
+        parser.error("--json goes with none of --update, --check and --changed")
+    if options.all and not options.update:
+        parser.error("--all goes with --update")
     try:
         golden = read_golden(options.golden)
     except FileNotFoundError:
-        if checking:
+        if not options.update:
             print(f"no golden cards in {options.golden}: the repository has them, not an installation", file=sys.stderr)
             return 1
-    jobs = all_jobs() if options.check else changed_jobs(golden)
-    if options.changed:
-        jobs = list(dict.fromkeys([*jobs, *sample()]))
-    chosen = [launcher for op in options.op or families() for launcher in families()[op].launchers]
-    jobs = [job for job in jobs if job.launcher in chosen]
-    if not checking:
-        kept = set(map(str, all_jobs())) - set(map(str, jobs))
-        golden = {name: card for name, card in golden.items() if card["job"] in kept}
+        golden = {}
+    if not compiling:
+        from .card_table import show
+
+        if comparable() is not None:  # every hash is another then, and says nothing
+            print(comparable())
+        return show(golden, [] if comparable() else changed_jobs(golden), _selected(options), options)
+    if comparable() is not None and (not options.update or options.golden == GOLDEN):
+        print(f"skipped: {comparable()}")
+        return 0
+    wrong = _update(golden, options) if options.update else _compare(golden, options)
+    return 1 if wrong else 0
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
+
+
+ARCHS = {f"sm_{part.removeprefix('sm')}": part for part in PARTS}
+
+
+def _selected(options: argparse.Namespace) -> Callable[[Job], bool]:
+    """Whether a job is one of those asked for by --op, --arch and --only."""
+    chosen = {launcher for op in options.op or families() for launcher in families()[op].launchers}
+    parts = {ARCHS[arch] for arch in options.arch or ARCHS}
+    return lambda job: job.launcher in chosen and job.part in parts and (not options.only or options.only.search(str(job)) is not None)
+
+
+def _update(golden: dict[str, Card], options: argparse.Namespace) -> list[str]:
+    """Rewrite the golden files; what is wrong with the cards in them."""
+    selected = _selected(options)
+    jobs = [job for job in (all_jobs() if options.all else changed_jobs(golden)) if selected(job)]
+    existing, again = set(map(str, all_jobs())), set(map(str, jobs))
+    golden = {name: card for name, card in golden.items() if card["job"] in existing - again}
+    touched = [launcher for op in options.op or families() for launcher in families()[op].launchers]
     cards: dict[str, Card] = {}
     for found in compile_all(jobs, options.processes):
         cards |= found
         for name, card in found.items():
             _show(name, card)
-        if not checking:  # after each job, so that an interrupted run goes on where it stopped
-            write_golden(golden | cards, options.golden, chosen)
-    if checking:
-        wrong = judge(cards, golden)
-        strangers = set(golden) - set(cards) if options.check and not options.op else ()
-        wrong += [f"{name}: has a golden card and is in no table" for name in sorted(strangers)]
-    else:
-        golden |= cards
-        write_golden(golden, options.golden, chosen)
-        wrong = [what for name, card in sorted(golden.items()) for what in violations(name, card)]
-    summary = f"{len(cards)} cards compiled, {len(wrong)} wrong"
-    print(summary, *wrong, sep="\n", file=sys.stderr if wrong else sys.stdout)
-    return 1 if wrong else 0
+        write_golden(golden | cards, options.golden, touched)  # after each job: an interrupted run goes on where it stopped
+    golden |= cards
+    write_golden(golden, options.golden, touched)
+    if (reason := cuda_cards.unable()) is not None:
+        print(f"left out: csrc/cuda: {reason}")
+    elif not options.only:
+        stale = cuda_cards.stale(cuda_cards.read(options.golden))
+        wanted = [one for one in cuda_cards.selected(options.op, options.arch) if options.all or one in stale]
+        cuda_cards.update(options.golden, wanted)
+    return _report(len(cards), [what for name, card in sorted(golden.items()) for what in violations(name, card)])
+
+
+def _compare(golden: dict[str, Card], options: argparse.Namespace) -> list[str]:
+    """Compile and compare; what got worse."""
+    jobs = all_jobs() if options.check else list(dict.fromkeys([*changed_jobs(golden), *sample()]))
+    jobs = list(filter(_selected(options), jobs))
+    cards: dict[str, Card] = {}
+    for found in compile_all(jobs, options.processes):
+        cards |= found
+        for name, card in found.items():
+            _show(name, card)
+    wrong = judge(cards, golden)
+    if options.check and not (options.op or options.arch or options.only):
+        wrong += [f"{name}: has a golden card and is in no table" for name in sorted(set(golden) - set(cards))]
+    if options.check and not options.only:
+        if (reason := cuda_cards.unable()) is not None:
+            print(f"left out: csrc/cuda: {reason}")
+        else:
+            wrong += cuda_cards.compare(options.golden, cuda_cards.selected(options.op, options.arch))
+    return _report(len(cards), wrong)
+
+
+def _report(compiled: int, wrong: list[str]) -> list[str]:
+    problems = [what for what in wrong if not what.startswith(" ")]
+    print(f"{compiled} cards compiled, {len(problems)} wrong", *wrong, sep="\n", file=sys.stderr if wrong else sys.stdout)
+    return wrong
