@@ -40,18 +40,18 @@ PRESETS = {
 }
 
 
-def flops(shape: Shape, which: str, itemsize: int = 0) -> float:
+def flops(shape: Shape, mode: str) -> float:
     # 2 a matrix entry and token, causal attention 2·B·H·S²·D; the backward passes twice and 2.5 times that
     products = 2.0 * shape.batch * shape.seqlen * llama.matrix_entries(shape)
     attention = 2.0 * shape.batch * shape.num_heads * shape.seqlen**2 * shape.head_dim
-    return {"fwd": products + attention, "bwd": 2 * products + 2.5 * attention, "fwd+bwd": 3 * products + 3.5 * attention}[which]
+    return {"fwd": products + attention, "bwd": 2 * products + 2.5 * attention, "fwd+bwd": 3 * products + 3.5 * attention}[mode]
 
 
-def traffic(shape: Shape, which: str, itemsize: int) -> float:
+def traffic(shape: Shape, mode: str, itemsize: int) -> float:
     # weights read once a pass, their gradients written once; x and the residual in and out, in each direction
     weights, rows = llama.matrix_entries(shape), shape.batch * shape.seqlen * shape.hidden_size
     forward, backward = weights + 4 * rows, 2 * weights + 8 * rows
-    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[which] * itemsize
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode] * itemsize
 
 
 NAMES = [name for name, _ in Layer(TINY).named_parameters()]
@@ -125,7 +125,8 @@ SUITE = Suite(
     peers=peers,
     draw=draw,
     reference=reference,
-    work=flops,
+    flops=flops,
+    traffic=traffic,
     ceiling=MATMUL,
     overhead=overhead,
     panel=lambda row: (row["model"], row["seqlen"]),

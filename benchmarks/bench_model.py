@@ -45,19 +45,19 @@ PRESETS = {
 }
 
 
-def flops(shape: Shape, which: str, itemsize: int = 0) -> float:
+def flops(shape: Shape, mode: str) -> float:
     # each layer as bench_layer counts it, and the head: 2 an entry and token forward, 4 backward
     products = 2.0 * shape.tokens * (shape.num_layers * llama.matrix_entries(shape) + shape.vocab_size * shape.hidden_size)
     attention = 2.0 * shape.num_layers * shape.batch * shape.num_heads * shape.seqlen**2 * shape.head_dim
-    return {"fwd": products + attention, "bwd": 2 * products + 2.5 * attention, "fwd+bwd": 3 * products + 3.5 * attention}[which]
+    return {"fwd": products + attention, "bwd": 2 * products + 2.5 * attention, "fwd+bwd": 3 * products + 3.5 * attention}[mode]
 
 
-def traffic(shape: Shape, which: str, itemsize: int) -> float:
+def traffic(shape: Shape, mode: str, itemsize: int) -> float:
     # weights read once a pass, their gradients written once; the residual stream in and out of each layer, in each direction
     weights = shape.num_layers * llama.matrix_entries(shape) + shape.vocab_size * shape.hidden_size
     rows = shape.num_layers * shape.tokens * shape.hidden_size
     forward, backward = weights + 2 * rows, 2 * weights + 4 * rows
-    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[which] * itemsize
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode] * itemsize
 
 
 def names_of(sizes: Sizes) -> list[str]:
@@ -120,7 +120,8 @@ SUITE = Suite(
     peers=peers,
     draw=draw,
     reference=reference,
-    work=flops,
+    flops=flops,
+    traffic=traffic,
     ceiling=MATMUL,
     overhead=overhead,
     panel=lambda row: (row["model"], row["seqlen"]),

@@ -49,14 +49,14 @@ PRESETS = {
 }
 
 
-def traffic(shape: Shape, which: str, itemsize: int) -> float:
+def traffic(shape: Shape, mode: str, itemsize: int) -> float:
     # every weight once; every cached key and value once, the new ones written
     weights = shape.num_layers * llama.matrix_entries(shape) + shape.vocab_size * shape.hidden_size
     cached = 2 * shape.num_layers * shape.batch * (shape.context + 1) * shape.num_kv_heads * shape.head_dim
     return float(weights + cached) * itemsize
 
 
-def flops(shape: Shape, which: str, itemsize: int = 0) -> float:
+def flops(shape: Shape, mode: str) -> float:
     # 2 a weight and sequence; 4·H·D a cached token
     weights = shape.num_layers * llama.matrix_entries(shape) + shape.vocab_size * shape.hidden_size
     return shape.batch * (2.0 * weights + 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * (shape.context + 1))
@@ -146,10 +146,11 @@ SUITE = Suite(
     peers=peers,
     draw=draw,
     reference=reference,
-    work=traffic,
+    flops=flops,
+    traffic=traffic,
     ceiling=COPY,
     overhead=overhead,
     panel=lambda row: (f"{row['model']}, S = {row['context']}", row["batch"]),
     x_label="sequences",
-    passes=("fwd",),
+    modes=("fwd",),
 )

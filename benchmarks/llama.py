@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import fastattn
 import fastattn.nn as fnn
 
+from . import models
+
 EPS = 1e-6
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, S_q, D), (B, H_kv, S_k, D) twice → (B, H, S_q, D)
 
@@ -36,11 +38,16 @@ class Sizes:
     num_layers: int
     vocab_size: int
 
+    @classmethod
+    def of(cls, model: models.Model, num_layers: int) -> Sizes:
+        heads = model.num_heads, model.num_kv_heads, model.head_dim
+        return cls(model.name, model.hidden_size, *heads, model.intermediate_size, num_layers, model.vocab_size)
+
 
 TINY = Sizes("tiny", 32, 4, 2, 8, 48, 2, 64)
-SMOLLM2 = Sizes("SmolLM2-135M", 576, 9, 3, 64, 1536, 30, 49152)
+SMOLLM2 = Sizes.of(models.SMOLLM2_135M, 30)
 LLAMA_1B = Sizes("Llama-3.2-1B", 2048, 32, 8, 64, 8192, 16, 128256)
-LLAMA_8B = Sizes("Llama-3-8B", 4096, 32, 8, 128, 14336, 32, 128256)
+LLAMA_8B = Sizes.of(models.LLAMA_3_8B, 32)
 
 
 class Layer(nn.Module):

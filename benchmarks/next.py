@@ -28,7 +28,7 @@ TUNABLE = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One pass of one row: how long we took, what was fastest beside us, and the share of the ceiling we reached."""
+    """One mode of one row: how long we took, what was fastest beside us, and the share of the ceiling we reached."""
 
     op: str
     row: str
@@ -85,17 +85,16 @@ def read(documents: Iterable[dict[str, Any]]) -> Results:
                 continue
             if OURS in row.get("left_out", {}):
                 found.failed.append((op, name, row["left_out"][OURS]))
-            for which, figures in (row.get("modes") or row.get("passes", {})).items():
+            for which, figures in row.get("modes", {}).items():
                 if OURS in figures:
                     found.cells.append(_cell(op, name, which, figures))
     return found
 
 
 def _ops_of(documents: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(op, what has its rows, provenance): of one op a file, whose rows have passes, and of one file for all, whose rows have modes."""
+    """(op, what has its rows, provenance)"""
     for document in documents:
-        for op, entry in document["ops"].items() if "ops" in document else [(document["op"], document)]:
-            yield op, entry, document.get("provenance", {})
+        yield from ((op, entry, document.get("provenance", {})) for op, entry in document["ops"].items())
 
 
 def _cell(op: str, name: str, which: str, figures: dict[str, dict[str, Any]]) -> Cell:
@@ -135,7 +134,7 @@ def as_markdown(results: Results, known_ops: Sequence[str] = ()) -> str:
     """The written order. known_ops: all there are, of which those without a result are named."""
     behind, roomy = order(results)
     lines = ["# What to measure and tune next", ""]
-    lines += [f"From {len(results.cells)} timed passes of {len(results.ops)} ops:", ""]
+    lines += [f"From {len(results.cells)} timed modes of {len(results.ops)} ops:", ""]
     lines += [f"- {op}: {where}" for op, where in results.where.items()]
     lines += ["", "## 1. Wrong, or not run", ""]
     lines += [f"- `{op}` {row}: {what}" for op, row, what in results.wrong + results.failed] or ["Nothing."]
@@ -163,8 +162,8 @@ def _table(cells: Sequence[Cell], gap: Any) -> list[str]:
 
 def _next(cell: Cell) -> str:
     if cell.op in TUNABLE:
-        passes = f" --passes {cell.which}" if cell.which in ("fwd", "bwd") else ""
-        return f"`fastattn tune {cell.op} --only '^{cell.row}$'{passes}`"
+        mode = f" --mode {cell.which}" if cell.which in ("fwd", "bwd") else ""
+        return f"`fastattn tune {cell.op} --only '^{cell.row}$'{mode}`"
     return f"`fastattn cards --op {cell.op}`, then a profile" if cell.op != "linear_cross_entropy" else "a profile"
 
 

@@ -36,7 +36,8 @@ def generate(root: Path) -> str:
 
 def result_files(root: Path) -> list[Path]:
     """Of every device but `local`, which is not committed."""
-    return [path for path in sorted((root / "benchmarks" / "results").glob("*/*.json")) if path.parent.name != "local" and path.name not in OF_OTHERS]
+    found = sorted((root / "benchmarks" / "results").glob("*/*.json"))
+    return [path for path in found if path.parent.name != "local" and path.name not in OF_OTHERS]
 
 
 def _of_file(path: Path, result: Mapping[str, Any]) -> Iterator[str]:

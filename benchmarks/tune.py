@@ -251,8 +251,8 @@ def _with_tile(row: Row, tile: Any, work: Work) -> Work:
     return Work(run, work.prepare)
 
 
-def cases_of(found: suite.Suite, shape: Any, dtype: torch.dtype, device: torch.device, passes: Sequence[str]) -> list[Case]:
-    """The passes of one shape, as the benchmark runs and checks them."""
+def cases_of(found: suite.Suite, shape: Any, dtype: torch.dtype, device: torch.device, modes: Sequence[str]) -> list[Case]:
+    """The modes of one shape, as the benchmark runs and checks them."""
     inputs, upstream = found.draw(shape, dtype, device)
     forward = found.peers(device)[0][suite.OURS](shape)
     checked = found.checked[suite.OURS](shape) if suite.OURS in found.checked else forward
@@ -265,7 +265,7 @@ def cases_of(found: suite.Suite, shape: Any, dtype: torch.dtype, device: torch.d
 
     works = suite.works(forward, inputs, upstream)
     name = shape.id(next(name for name, known in suite.DTYPES.items() if known == dtype))
-    return [Case(f"{name} {which}", works[which], verify) for which in passes if which != "fwd+bwd"]
+    return [Case(f"{name} {which}", works[which], verify) for which in modes if which != "fwd+bwd"]
 
 
 def clock_measure(clock: Clock) -> Measure:
@@ -335,7 +335,7 @@ def _short(tile: Any) -> str:
 
 
 def tune(
-    found: suite.Suite, shapes: Sequence[Any], dtype: torch.dtype, device: torch.device, part: str, *, passes: Sequence[str],
+    found: suite.Suite, shapes: Sequence[Any], dtype: torch.dtype, device: torch.device, part: str, *, modes: Sequence[str],
     measure: Measure, wanted: Callable[[Row], bool] = lambda row: True, reach: int = 2,
     cases_of: Callable[..., list[Case]] = cases_of,
 ) -> Iterator[Result]:  # fmt: skip
@@ -343,7 +343,7 @@ def tune(
 
     users: dict[Row, dict[Any, set[str]]] = {}  # row → shape → cases
     for shape in shapes:
-        for case in cases_of(found, shape, dtype, device, passes):
+        for case in cases_of(found, shape, dtype, device, modes):
             for row in filter(wanted, asked_by(lambda: case.work.run(case.work.prepare()))):  # noqa: B023
                 users.setdefault(row, {}).setdefault(shape, set()).add(case.name)
     tables = tuned.tables()
@@ -352,7 +352,7 @@ def tune(
         job = job_of(row, part)
         kept, dropped = prune(row, tiles, job) if job is not None else (tiles, {})
         cases = (
-            case for shape, names in used.items() for case in cases_of(found, shape, dtype, device, passes) if case.name in names
+            case for shape, names in used.items() for case in cases_of(found, shape, dtype, device, modes) if case.name in names
         )  # fmt: skip
         yield measure_row(row, kept, dropped, cases, measure)
 
@@ -363,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", choices=("tiny", "quick", "full"), default="quick", help="the benchmark's (default: quick)")
     parser.add_argument("--only", type=_regex, default="", metavar="REGEX", help="shapes, by their benchmark's names")
     parser.add_argument("--rows", type=_regex, default="", metavar="REGEX", help="rows, e.g. 'attention_fwd .* 128'")
-    parser.add_argument("--passes", choices=("fwd", "bwd"), nargs="+", default=["fwd", "bwd"])
+    parser.add_argument("--mode", choices=("fwd", "bwd"), nargs="+", default=["fwd", "bwd"])
     parser.add_argument("--dtype", choices=suite.DTYPES, default="bf16")
     parser.add_argument("--reach", type=int, choices=(1, 2, 3), default=2, help="how many fields may differ at once (default: 2)")
     parser.add_argument("--seconds", type=float, default=0.15, help="to time one tile on one shape")
@@ -393,13 +393,13 @@ def _run(options: argparse.Namespace, device: torch.device, folder: Path | None)
 
     found = suite.suite_of(options.op)
     shapes = [s for s in found.presets["cuda", options.shapes] if options.only.search(s.id(options.dtype))]
-    passes = [which for which in options.passes if which in found.passes]
+    modes = [which for which in options.mode if which in found.modes]
     target = target_of(torch.empty(0, device=device))
     where = provenance(device)
     gpu = tuned.Gpu(where["device"]["name"], target.capability)
     results = []
     for result in tune(
-        found, shapes, suite.DTYPES[options.dtype], device, part_of(*target), passes=passes,
+        found, shapes, suite.DTYPES[options.dtype], device, part_of(*target), modes=modes,
         measure=clock_measure(Clock(device, options.seconds)), wanted=lambda row: bool(options.rows.search(str(row))), reach=options.reach,
     ):  # fmt: skip
         results.append(result)

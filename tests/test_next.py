@@ -13,15 +13,19 @@ def figure(ms, percent=None, spread=0.001, ceiling="matmul"):
     return {"ms": ms, "spread_ms": spread, "rounds": 9, **shares}
 
 
-def row(name, passes, **others):
-    return {"id": name, "verified": True, "checks": {}, "left_out": {}, "passes": passes} | others
+def row(name, modes, **others):
+    return {"id": name, "verified": True, "checks": {}, "left_out": {}, "modes": modes} | others
 
 
-ATTENTION = {
-    "op": "attention",
-    "provenance": {"device": {"name": "NVIDIA H200"}, "date": "2026-11-29T10:00:00+00:00", "commit": "c303729abcdef"},
-    "absent": {"flash-attn": "ModuleNotFoundError: No module named 'flash_attn'"},
-    "rows": [
+def result(op, rows, provenance=None, absent=None):
+    return {"format": 2, "provenance": provenance or {}, "ops": {op: {"rows": rows, "absent": absent or {}}}}
+
+
+ATTENTION = result(
+    "attention",
+    provenance={"device": {"name": "NVIDIA H200"}, "date": "2026-11-29T10:00:00+00:00", "commit": "c303729abcdef"},
+    absent= {"flash-attn": "ModuleNotFoundError: No module named 'flash_attn'"},
+    rows=[
         row("S1024", {"fwd": {"fastattn": figure(2.0, 60), "SDPA flash": figure(1.0), "naive": figure(9.0)}}),
         row("S4096", {
             "fwd": {"fastattn": figure(1.5, 50), "fastattn (cuda)": figure(0.1), "SDPA flash": figure(1.0)},
@@ -30,16 +34,15 @@ ATTENTION = {
         row("S8192", {}, verified=False, checks={"out": {"passed": True}, "dq": {"passed": False}}),
         row("S16384", {}, verified=False, error="OutOfMemoryError: no room"),
     ],
-}  # fmt: skip
-SOFTMAX = {
-    "op": "softmax",
-    "provenance": {},
-    "rows": [
+)  # fmt: skip
+SOFTMAX = result(
+    "softmax",
+    [
         row("N1024", {"fwd": {"fastattn": figure(1.0, 90, ceiling="copy"), "torch": figure(1.2)}}),
         # 1 % behind, with measurements that are 2 % wide: not behind
         row("N4096", {"fwd": {"fastattn": figure(1.01, 40, spread=0.02, ceiling="copy"), "torch": figure(1.0)}}),
     ],
-}
+)
 
 
 def test_the_furthest_behind_come_first():
@@ -52,19 +55,15 @@ def test_what_is_wrong_has_no_figure_and_is_named():
     found = order.read([ATTENTION])
     assert found.wrong == [("attention", "S8192", "outside the error budget: dq"), ("attention", "S16384", "OutOfMemoryError: no room")]
     assert {cell.row for cell in found.cells} == {"S1024", "S4096"}
-    ours_raised = {"op": "moe", "rows": [row("T8", {"fwd": {"torch": figure(1.0)}}, left_out={"fastattn": "RuntimeError: spills"})]}
+    ours_raised = result("moe", [row("T8", {"fwd": {"torch": figure(1.0)}}, left_out={"fastattn": "RuntimeError: spills"})])
     assert order.read([ours_raised]).failed == [("moe", "T8", "RuntimeError: spills")]
 
 
 def test_one_file_of_all_ops_reads_the_same():
-    """What a row's passes are, other files call its modes, and a share of the roofline goes before that of a ceiling."""
-    def modes(document):
-        rows = [{("modes" if key == "passes" else key): value for key, value in row.items()} for row in document["rows"]]
-        return {"rows": rows, "absent": document.get("absent", {})}
-
-    one = {"format": 2, "provenance": ATTENTION["provenance"], "ops": {"attention": modes(ATTENTION), "softmax": modes(SOFTMAX)}}
+    """And a share of the roofline goes before that of a ceiling."""
+    one = ATTENTION | {"ops": ATTENTION["ops"] | SOFTMAX["ops"]}
     assert order.order(order.read([one])) == order.order(order.read([ATTENTION, SOFTMAX]))
-    both = {"op": "glu", "rows": [row("N8", {"fwd": {"fastattn": figure(1.0, 20) | {"percent_of_roofline": 50.0}}})]}
+    both = result("glu", [row("N8", {"fwd": {"fastattn": figure(1.0, 20) | {"percent_of_roofline": 50.0}}})])
     (cell,) = order.read([both]).cells
     assert (cell.percent, cell.ceiling, cell.peer, cell.is_behind) == (50.0, "roofline", None, False)
 
@@ -73,7 +72,7 @@ def test_markdown():
     text = order.as_markdown(order.read([ATTENTION, SOFTMAX]), ("attention", "softmax", "rotary"))
     assert "- attention: NVIDIA H200, 2026-11-29, commit c303729ab" in text
     assert "- `attention` S8192: outside the error budget: dq" in text
-    first = text.index("| 1 | attention, fwd | S1024 | 2.000 | 2.00× of SDPA flash | 60 % of matmul | `fastattn tune attention --only '^S1024$' --passes fwd` |")
+    first = text.index("| 1 | attention, fwd | S1024 | 2.000 | 2.00× of SDPA flash | 60 % of matmul | `fastattn tune attention --only '^S1024$' --mode fwd` |")
     assert first < text.index("## 3.") < text.index("| 1 | attention, bwd | S4096 | 1.000 | nothing is faster | 30 % of matmul |")
     assert text.endswith("## 4. Not measured\n\n- `rotary`: `fastattn bench rotary`\n- beside flash-attn: ModuleNotFoundError: No module named 'flash_attn'\n")
     nothing = order.as_markdown(order.read([]))

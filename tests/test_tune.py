@@ -213,7 +213,7 @@ def test_a_whole_run(stub, tmp_path, capsys, monkeypatch):
     """The suite's shape, launched under every candidate that compiles; the proposal, its receipts, the file, and what it does."""
     x = torch.zeros(8, 4096, dtype=torch.bfloat16)
 
-    def cases_of(found, shape, dtype, device, passes):
+    def cases_of(found, shape, dtype, device, modes):
         def run(_):
             before = len(stub.launches)
             fastattn.softmax(x)
@@ -227,7 +227,7 @@ def test_a_whole_run(stub, tmp_path, capsys, monkeypatch):
 
     found = suite.suite_of("softmax")
     (result,) = tune.tune(
-        found, found.presets["cuda", "tiny"][:1], torch.bfloat16, CPU, "sm90", passes=("fwd",), measure=measure, reach=1, cases_of=cases_of
+        found, found.presets["cuda", "tiny"][:1], torch.bfloat16, CPU, "sm90", modes=("fwd",), measure=measure, reach=1, cases_of=cases_of
     )
     assert result.row == SOFTMAX and result.present == RowConfig(1, 4096, 4) and result.best == RowConfig(1, 4096, 8)
     assert result.ratios[result.best] == pytest.approx(1 / 1.4)
