@@ -347,6 +347,10 @@ def test_when_logits_are_skipped(family):
         assert (out.logits is None) == ("logits" not in out) == skipped
         torch.testing.assert_close(out.loss, expected.loss, atol=1e-5, rtol=1e-5)
         assert out.loss is out[0] is out.to_tuple()[0]
+        if family in ("bart", "t5"):  # the decoder's input is then made of the labels
+            alone = {name: value for name, value in batch(family).items() if not name.startswith("decoder")}
+            model.train(not skipped)  # the other way
+            torch.testing.assert_close(model(**alone).loss, model.train(training)(**alone).loss)
         if not skipped:
             torch.testing.assert_close(out.logits, expected.logits, atol=1e-4, rtol=1e-4)
     as_tuple = model.train()(**batch(family), return_dict=False)
@@ -375,8 +379,16 @@ def test_skipping_logits_where_it_cannot_be_done():
     ):
         with pytest.raises(ValueError, match=f"LlamaForCausalLM: skip_logits must be False where {why}, got True"):
             model(**{**given, **options}, skip_logits=True)
+    out = model.train()(given["input_ids"], shift_labels=given["labels"])  # transformers looks for labels, and at nothing else
+    assert out.loss is None and out.logits is not None
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: inner(hidden)
+    assert model(**given).logits is not None
+    with pytest.raises(ValueError, match="the forward of its head has been wrapped"):
+        model(**given, skip_logits=True)
+    model.lm_head.forward = inner
     model.loss_function = lambda logits, labels, **kwargs: logits.sum()
-    assert model.train()(**given).logits is not None
+    assert model(**given).logits is not None
     with pytest.raises(ValueError, match="the model has been given another loss_function"):
         model(**given, skip_logits=True)
 

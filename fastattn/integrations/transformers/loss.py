@@ -136,36 +136,18 @@ def head_forward(swap: Any, hidden: Tensor) -> Tensor:
 def model_forward(swap: Any, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
     """The class's forward, or the same without logits: see the module. Not from two threads at once.
 
-    Raises: ValueError for skip_logits=True where there is nothing to compute a loss from, or a tuple is asked for, or part of the logits.
+    Raises: ValueError for skip_logits=True where there are no labels, or a tuple is asked for, or part of the logits.
     """
     model, head = swap.module, MODELS[full_name(type(swap.module))]
     kwargs = {**dict(zip(swap.names, args)), **kwargs}
-    labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels") if head.shifted else None
-    hindrance = None
-    if labels is None and shift_labels is None:
-        hindrance = "there are no labels"
-    elif not (model.config.return_dict if kwargs.get("return_dict") is None else kwargs["return_dict"]):
-        hindrance = "return_dict is False"
-    elif not isinstance(kwargs.get("logits_to_keep", 0), int) or kwargs.get("logits_to_keep", 0) != 0:
-        hindrance = "logits_to_keep is given"
-    elif head.shifted and model.loss_function is not causal_lm_loss:
-        hindrance = "the model has been given another loss_function"
+    hindrance = _hindrance(model, head, kwargs)
     if skip_logits and hindrance:
         raise ValueError(f"{type(model).__name__}: skip_logits must be False where {hindrance}, got True")
     if hindrance or not (model.training if skip_logits is None else skip_logits):
         return type(model).forward(model, **kwargs)
 
-    ignore_index = kwargs.get("ignore_index", -100) if head.shifted else -100
-    target = labels
-    if head.shifted:
-        target = _shifted(labels, ignore_index) if shift_labels is None else shift_labels
-    bias = getattr(model, head.bias) if head.bias else None
-    softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
-    num_items = kwargs.get("num_items_in_batch") if head.shifted else None
-    request = Request(target, head.shifted, bias, softcap, num_items, ignore_index)
+    request = _request(model, head, kwargs)
     kwargs = {**kwargs, **head.forced, "labels": None}
-    if model.config.is_encoder_decoder and kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
-        kwargs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
     head_swap = model.get_submodule(head.path).forward
     head_swap.request = request
     try:
@@ -176,6 +158,36 @@ def model_forward(swap: Any, *args: Any, skip_logits: bool | None = None, **kwar
     if output.get("aux_loss") is not None:  # of a mixture's router, which the class adds where it sees labels
         loss = loss + model.router_aux_loss_coef * output.aux_loss.to(loss.device)
     return type(output)(loss=loss, **{name: value for name, value in output.items() if name != "logits"})
+
+
+def _hindrance(model: nn.Module, head: Head, kwargs: dict[str, Any]) -> str | None:
+    """Why this forward must not skip its logits, or None."""
+    if kwargs.get("labels") is None:
+        return "there are no labels"
+    if not (model.config.return_dict if kwargs.get("return_dict") is None else kwargs["return_dict"]):
+        return "return_dict is False"
+    logits_to_keep = kwargs.get("logits_to_keep", 0)
+    if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
+        return "logits_to_keep is given"
+    if head.shifted and model.loss_function is not causal_lm_loss:
+        return "the model has been given another loss_function"
+    if not hasattr(model.get_submodule(head.path).forward, "request"):
+        return "the forward of its head has been wrapped"
+    return None
+
+
+def _request(model: nn.Module, head: Head, kwargs: dict[str, Any]) -> Request:
+    """What the head is to compute. A decoder that was given labels alone is given its input, which the class would make of them."""
+    labels = kwargs["labels"]
+    if model.config.is_encoder_decoder and kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
+        kwargs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    bias = getattr(model, head.bias) if head.bias else None
+    if not head.shifted:
+        return Request(labels, False, bias, 0.0, None, -100)
+    ignore_index, target = kwargs.get("ignore_index", -100), kwargs.get("shift_labels")
+    target = _shifted(labels, ignore_index) if target is None else target
+    softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
+    return Request(target, True, bias, softcap, kwargs.get("num_items_in_batch"), ignore_index)
 
 
 def full_name(module_class: type) -> str:
