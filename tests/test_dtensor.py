@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
+from conftest import INTERPRETING
 
 import fastattn
 
+if INTERPRETING:  # spares that process the imports
+    pytest.skip("compiled: runs in the process without TRITON_INTERPRET", allow_module_level=True)
 pytest.importorskip("torch.distributed.tensor.experimental", reason="needs torch.distributed")
 if not torch.distributed.is_gloo_available():
     pytest.skip("needs gloo", allow_module_level=True)

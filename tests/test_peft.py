@@ -6,7 +6,10 @@ import copy
 import os
 
 import pytest
+from conftest import INTERPRETING
 
+if INTERPRETING:  # spares that process the imports
+    pytest.skip("compiled: runs in the process without TRITON_INTERPRET", allow_module_level=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 peft = pytest.importorskip("peft", reason="needs peft")

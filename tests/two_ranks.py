@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -58,11 +59,13 @@ def _run(rank: int, folder: str, names: list[str]) -> None:
         except Exception:
             failures[name] = f"rank {rank}: {traceback.format_exc()}"
     Path(folder, f"{rank}.json").write_text(json.dumps(failures))
+    dist.barrier()  # a rank that leaves while the other still talks to it takes that one down
     dist.destroy_process_group()
 
 
 def main(out: str | Path, *names: str) -> None:
     """Run the named cases, or all; what failed of each to `out`, as JSON."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the machine's name resolves to
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_run, (folder, names), RANKS)
         of_ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(RANKS)]

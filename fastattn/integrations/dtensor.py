@@ -3,9 +3,10 @@
     from fastattn.integrations import dtensor
     dtensor.register()
 
-A rule lists what an operator does shard by shard, without communication, to exactly the numbers of one rank. Whatever is asked beyond that
-(attention over a sharded sequence, a softmax along a sharded dim) DTensor first redistributes to one of these. Nothing is registered at
-import. The rules are torch's experimental `register_sharding`, so far tested by two ranks of gloo on CPU tensors alone.
+A rule lists what an operator does shard by shard, without communication, to the numbers of one rank but for the order of sums over shards,
+which are left partial. Whatever is asked beyond that (attention over a sharded sequence, a softmax along a sharded dim) DTensor first
+redistributes to one of these. Nothing is registered at import. The rules are given to torch's experimental `register_sharding`, and so far
+tested by two ranks of gloo on CPU tensors alone.
 """
 
 from __future__ import annotations
