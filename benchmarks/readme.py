@@ -26,8 +26,9 @@ OF_OTHERS = ("cuda_host_time.json", "page_pool.json")  # that `fastattn bench` d
 
 def generate(root: Path) -> str:
     """What stands between the markers."""
-    found = [(path, results.load(path)) for path in result_files(root)]
-    parts = [part for path, result in found for part in _of_file(path.relative_to(root), result)]
+    found = [(path.relative_to(root), results.load(path)) for path in result_files(root)]
+    folders = dict.fromkeys(path.parent for path, _ in found)
+    parts = [part for folder in folders for part in _of_device([(p, r) for p, r in found if p.parent == folder])]
     on_gpu = {op for _, result in found if result["provenance"]["device"]["type"] == "cuda" for op in result["ops"]}
     missing = [op for op in OPS if op not in on_gpu]
     parts.append(f"Not yet run on a GPU: {', '.join(missing)}." if missing else "Every op has run on a GPU.")
@@ -36,25 +37,32 @@ def generate(root: Path) -> str:
 
 def result_files(root: Path) -> list[Path]:
     """Of every device but `local`, which is not committed."""
-    found = sorted((root / "benchmarks" / "results").glob("*/*.json"))
-    return [path for path in found if path.parent.name != "local" and path.name not in OF_OTHERS]
+    paths = sorted((root / "benchmarks" / "results").glob("*/*.json"))
+    return [path for path in paths if path.parent.name != "local" and path.name not in OF_OTHERS]
 
 
-def _of_file(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
-    where = result["provenance"]
+def _of_device(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> Iterator[str]:
+    """The tables of one folder's files."""
+    where = found[0][1]["provenance"]
     cores = f", {where['threads']} threads" if where["device"]["type"] == "cpu" else ""
-    yield (
-        f"**{where['device']['name']}{cores}**, torch {where['torch']}, {where['date'][:10]}, commit {str(where['commit'])[:9]} "
-        f"([figures]({path})):"
-    )
-    others = [op for op in result["ops"] if op not in IN_FULL]
-    for op in result["ops"]:
-        if op in IN_FULL:
-            yield _full_table(result["ops"][op]["rows"])
-            if (plot := path.with_name(f"{op}.png")).name in {p.name for p in _plots(path, result)}:
+    yield f"**{where['device']['name']}{cores}**, torch {where['torch']}"
+    lines = []
+    for path, result in found:
+        for op in result["ops"]:
+            rows = result["ops"][op]["rows"]
+            if op not in IN_FULL:
+                lines += [[*line, _measured(path, result)] for line in _summary(op, rows)]
+                continue
+            yield f"{op}, {_measured(path, result)}:"
+            yield _full_table(rows)
+            if (plot := path.with_name(f"{op}.png")) in _plots(path, result):
                 yield f"![Speed of {op} over its sizes]({plot})"
-    if others:
-        yield _summary([(op, result["ops"][op]["rows"]) for op in others])
+    if lines:
+        yield _markdown(["op", "mode", "shapes", "of the roofline, median", "peers' time / ours, geometric mean", "measured"], lines)
+
+
+def _measured(path: Path, result: Mapping[str, Any]) -> str:
+    return f"[{result['provenance']['date'][:10]}, {str(result['provenance']['commit'])[:9]}]({path})"
 
 
 def _full_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -78,20 +86,17 @@ def _full_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(header, lines)
 
 
-def _summary(ops: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
-    """A line an op and mode: the geometric mean of each peer's time over ours, and how much of the roofline ours reaches."""
-    lines = []
-    for op, rows in ops:
-        for mode in MODES:
-            of_mode = [row["modes"][mode] for row in rows if OURS in row["modes"].get(mode, {})]
-            if not of_mode or mode == "fwd+bwd":
-                continue
-            names = dict.fromkeys(name for figures in of_mode for name in figures if name != OURS)
-            ratios = {name: [figures[name]["ratio"] for figures in of_mode if name in figures] for name in names}
-            means = [f"{name} {math.exp(statistics.fmean(map(math.log, found))):.2f}×" for name, found in ratios.items()]
-            shares = [figures[OURS]["percent_of_roofline"] for figures in of_mode if "percent_of_roofline" in figures[OURS]]
-            lines.append([op, MODES[mode], str(len(of_mode)), f"{statistics.median(shares):.0f} %" if shares else "–", ", ".join(means)])
-    return _markdown(["op", "mode", "shapes", "of the roofline, median", "peers' time / ours, geometric mean"], lines)
+def _summary(op: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """A line a mode: the geometric mean of each peer's time over ours, and how much of the roofline ours reaches."""
+    for mode in ("fwd", "bwd"):
+        of_mode = [row["modes"][mode] for row in rows if OURS in row["modes"].get(mode, {})]
+        if not of_mode:
+            continue
+        names = dict.fromkeys(name for figures in of_mode for name in figures if name != OURS)
+        ratios = {name: [figures[name]["ratio"] for figures in of_mode if name in figures] for name in names}
+        means = [f"{name} {math.exp(statistics.fmean(map(math.log, found))):.2f}×" for name, found in ratios.items()]
+        shares = [figures[OURS]["percent_of_roofline"] for figures in of_mode if "percent_of_roofline" in figures[OURS]]
+        yield [op, MODES[mode], str(len(of_mode)), f"{statistics.median(shares):.0f} %" if shares else "–", ", ".join(means) or "–"]
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
