@@ -109,7 +109,7 @@ import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"triton", "numpy", "rich", "matplotlib", "transformers"}:
+        if name.partition(".")[0] in {"triton", "numpy", "rich", "matplotlib", "transformers", "safetensors", "tokenizers", "gguf"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())
@@ -124,6 +124,11 @@ out = fastattn.attention(q, q, q, causal=True)
 out.sum().backward()
 expected = sdpa(*[q.transpose(1, 2)] * 3, is_causal=True).transpose(1, 2)
 torch.testing.assert_close(out, expected)
+
+from fastattn.models import Config, Transformer
+
+tokens = torch.tensor([[1, 2, 3]])
+Transformer(Config.preset("moe-tiny", num_layers=1)).loss(tokens, tokens).backward()
 print("cold import works")
 """
 
@@ -135,7 +140,7 @@ def test_import_needs_torch_alone():
 
 def test_import_is_lazy():
     """What one command or one integration uses is not imported for everyone."""
-    heavy = "rich matplotlib transformers torch._dynamo pytest fastattn.testing fastattn.integrations".split()
+    heavy = "rich matplotlib transformers torch._dynamo pytest fastattn.testing fastattn.integrations fastattn.models".split()
     done = run_python(f"import sys, fastattn; print(sorted(sys.modules.keys() & {heavy}))")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

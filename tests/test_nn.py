@@ -276,6 +276,38 @@ def test_attention_module_on_packed_sequences_and_contexts():
 
 
 @pytest.mark.both
+def test_attention_module_on_packed_contexts():
+    """Each sequence attends to a context of its own, of any length; projected once or at every call."""
+    module = fnn.Attention(32, 4, 2, qk_norm=True)
+    xs, contexts = [torch.randn(n, 32) for n in (5, 0, 3)], [torch.randn(n, 32) for n in (2, 4, 9)]
+    lengths = {
+        "cu_seqlens": torch.tensor([0, 5, 5, 8], dtype=torch.int32), "max_seqlen": 5,
+        "cu_seqlens_context": torch.tensor([0, 2, 6, 15], dtype=torch.int32), "max_seqlen_context": 9,
+    }  # fmt: skip
+    context = torch.cat(contexts)
+    packed = module(torch.cat(xs), context=context, **lengths)
+    alone = torch.cat([module(x[None], context=c[None])[0] for x, c in zip(xs, contexts) if len(x)])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(module(torch.cat(xs), context=module.project_context(context), **lengths), packed)
+
+
+@pytest.mark.both
+def test_attention_module_by_distance_and_with_a_scale():
+    module, slopes = fnn.Attention(32, 4, 2, softmax_scale=0.7), torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    x = torch.randn(2, 9, 32)
+    q, k, v = (proj(x).unflatten(-1, (-1, 8)) for proj in (module.q_proj, module.k_proj, module.v_proj))
+    out = fastattn.reference.attention(q, k, v, causal=True, softmax_scale=0.7, alibi_slopes=slopes)
+    expected = module.o_proj(out.flatten(-2))
+    torch.testing.assert_close(module(x, alibi_slopes=slopes), expected, rtol=1e-4, atol=1e-5)
+    cache = fastattn.PagedKVCache(1, 10, 4, 2, 8, dtype=torch.float32, device="cpu")
+    ids = [cache.allocate(), cache.allocate()]
+    with torch.no_grad():
+        for at in (slice(0, 7), slice(7, 9)):
+            cache.step(ids, at.stop - at.start)
+            torch.testing.assert_close(module(x[:, at], alibi_slopes=slopes, cache=cache), expected[:, at], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.both
 @pytest.mark.parametrize("options", [dict(num_kv_heads=2), dict(qk_norm=True, window=5), dict(sinks=True, softcap=5.0)], ids=str)
 @pytest.mark.parametrize("rotated", [False, True], ids=["", "rotary"])
 def test_attention_module_decodes_through_a_cache(options, rotated):
@@ -351,6 +383,9 @@ def test_attention_drops_in_training_only():
         (lambda m, x: fnn.Attention(16, 2, dropout_p=0.5)(x, cache=object()), ValueError, "dropout_p must be 0 with a cache, or the module in evaluation, got 0.5"),
         (lambda m, x: m(x, torch.zeros(4, 4)), ValueError, "cos and sin must be given together, got only cos"),
         (lambda m, x: m(x, torch.zeros(9, 4), torch.zeros(9, 4), context=x), ValueError, "cos must be None with a context"),
+        (lambda m, x: m(x, alibi_slopes=torch.ones(2), context=x), ValueError, "alibi_slopes must be None with a context, got a tensor"),
+        (lambda m, x: m(x, context=x, cu_seqlens=x), ValueError, "cu_seqlens and cu_seqlens_context must be given together with a context, got only cu_seqlens"),
+        (lambda m, x: m(x, cu_seqlens_context=x), ValueError, "cu_seqlens_context must be None without a context, got a tensor"),
         (lambda m, x: m(x[0]), ValueError, r"x must have shape \(T, E\) with cu_seqlens, \(B, S, E\) without, got \(4, 16\)"),
         (lambda m, x: fnn.Attention(16, 4, 3), ValueError, "num_kv_heads must divide num_heads = 4, got 3"),
         (lambda m, x: fnn.Attention(16, 2, window=0), ValueError, "window must be a pair or a positive int, got 0"),

@@ -58,8 +58,10 @@ def save(
     Each file is written beside its place, flushed to the disk, and renamed into it, the weights last: whenever the process is stopped,
     every file is the old one or the new one, whole.
 
-    Raises: ImportError without safetensors; ValueError for a state that lacks a parameter.
+    Raises: ImportError without safetensors; ValueError for a state that lacks a parameter, or a tokeniser of a larger vocabulary.
     """
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"save: tokenizer must have no more ids than the model's {model.config.vocab_size}, got {tokenizer.vocab_size}")
     folder, names = Path(folder), [name for name, _ in model.named_parameters()]  # a tied matrix once
     tensors = dict(model.named_parameters()) if state is None else state
     if missing := [name for name in names if name not in tensors]:

@@ -44,7 +44,7 @@ class Config:
         window: an int W: a token sees W tokens, itself the last; None: all before it. A tuple of these is repeated over the layers.
         softcap: bounds attention scores to ±softcap; final_softcap the logits; 0 leaves them. softmax_scale: default 1/√D.
     Embeddings:
-        tied_embeddings: the matrix that embeds tokens also makes the logits. embedding_scale: multiplies the embeddings (Gemma's √H).
+        tied_embeddings: the matrix that embeds tokens also makes the logits. embedding_scale: multiplies the embeddings; None: √H.
     Experts:
         num_experts E: 0 for none; else each feed-forward layer is E of them, of which a token goes through top_k.
         load_balancing_coef, z_loss_coef: of the auxiliary losses, in training.
@@ -77,7 +77,7 @@ class Config:
     final_softcap: float = 0.0
     softmax_scale: float | None = None
     tied_embeddings: bool = True
-    embedding_scale: float = 1.0
+    embedding_scale: float | None = 1.0
     num_experts: int = 0
     top_k: int = 2
     load_balancing_coef: float = 0.01
@@ -131,6 +131,8 @@ class Config:
         if self.intermediate_size is None:
             width = 4 * self.hidden_size if self.activation == "gelu" else -(-self.hidden_size // 12) * 32
             object.__setattr__(self, "intermediate_size", width)
+        if self.embedding_scale is None:
+            object.__setattr__(self, "embedding_scale", self.hidden_size**0.5)
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
         if self.rope_scaling is not None:
@@ -201,7 +203,7 @@ _GPT2 = dict(positions="learned", norm="layer", activation="gelu", bias=True)  #
 _LLAMA = dict(positions="rotary", norm="rms", activation="swiglu")  # Touvron et al., arXiv 2302.13971
 _GEMMA = dict(  # Gemma 2, arXiv 2408.00118
     positions="rotary", norm="rms", norm_eps=1e-6, norm_offset=1.0, norm_position="both", activation="geglu", softcap=50.0,
-    final_softcap=30.0,
+    final_softcap=30.0, embedding_scale=None,
 )  # fmt: skip
 _TINY = dict(vocab_size=259, hidden_size=128, num_layers=4, num_heads=4, max_seqlen=256)  # of `ByteTokenizer`
 
@@ -221,7 +223,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Gemma-2 2B
     "gemma": _GEMMA | dict(
         vocab_size=256000, hidden_size=2304, num_layers=26, num_heads=8, num_kv_heads=4, head_dim=256, intermediate_size=9216,
-        max_seqlen=8192, window=(4096, None), softmax_scale=256**-0.5, embedding_scale=2304**0.5,
+        max_seqlen=8192, window=(4096, None),
     ),
     # Mixtral 8x7B
     "moe": _LLAMA | dict(
@@ -232,6 +234,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-tiny": _GPT2 | _TINY,
     "llama-tiny": _LLAMA | _TINY | dict(num_kv_heads=2),
     "mistral-tiny": _LLAMA | _TINY | dict(num_kv_heads=2, window=64),
-    "gemma-tiny": _GEMMA | _TINY | dict(num_kv_heads=2, window=(64, None), embedding_scale=128**0.5),
+    "gemma-tiny": _GEMMA | _TINY | dict(num_kv_heads=2, window=(64, None)),
     "moe-tiny": _LLAMA | _TINY | dict(num_kv_heads=2, intermediate_size=128, num_experts=8, top_k=2),
 }  # fmt: skip

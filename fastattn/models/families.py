@@ -144,7 +144,6 @@ def _gemma_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
     return _rope_of(theirs) | {
         "window": _shortest([windows[layer] for layer in types[: theirs["num_hidden_layers"]]]),
         "softmax_scale": None if scalar == theirs["head_dim"] else scalar**-0.5,
-        "embedding_scale": theirs["hidden_size"] ** 0.5,
         "softcap": theirs["attn_logit_softcapping"] or 0.0,
         "final_softcap": theirs["final_logit_softcapping"] or 0.0,
     }
@@ -235,7 +234,7 @@ MIXTRAL = Family(
     (_mixtral_of, _to_mixtral),
 )  # fmt: skip
 GEMMA2 = Family(
-    "gemma2", "Gemma2ForCausalLM", _FIELDS, {"norm_offset": 1.0, "norm_position": "both", "activation": "geglu"},
+    "gemma2", "Gemma2ForCausalLM", _FIELDS, {"norm_offset": 1.0, "norm_position": "both", "activation": "geglu", "embedding_scale": None},
     _modules(_EMBEDDINGS | _ATTENTION | _FOUR_NORMS | _MLP),
     {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "use_bidirectional_attention": (None, False)},
     _DEFAULTS | {

@@ -87,9 +87,10 @@ class GGUFFile:
     def get(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         try:
-            return torch.from_numpy(self._gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            array = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise CheckpointError(f"load: {self.where}: tensor {name}: {error}") from error
+        return torch.from_numpy(array if array.flags.writeable else array.copy())  # float32 tensors are the file's own bytes
 
     def file_of(self, name: str) -> str:
         return self.where

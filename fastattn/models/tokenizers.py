@@ -26,7 +26,8 @@ class Tokenizer(Protocol):
     mask_id: int | None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text. special: with the special tokens that its template adds (a Llama tokeniser's first one, say)."""
+        """Ids of a text. special: with the special tokens that its template adds (a Llama tokeniser's first one, say). Those that are
+        written out in the text are read as tokens where a file of Hugging Face says so."""
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of ids; what is no UTF-8 becomes U+FFFD. special: with special tokens written out."""
@@ -36,7 +37,10 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Each byte of UTF-8 is a token: ids 0 to 255; then the end of a text 256 (bos_id and eos_id), padding 257, a mask 258."""
+    """Each byte of UTF-8 is a token: ids 0 to 255; then the end of a text 256 (bos_id and eos_id), padding 257, a mask 258.
+
+    In a text, "<|endoftext|>" is thirteen bytes like any others; transformers, which reads what `save` writes, takes it for the token.
+    """
 
     vocab_size = 259
     bos_id = eos_id = 256

@@ -162,7 +162,8 @@ class Transformer(nn.Module):
         # After "post" blocks the stream is normalised already.
         self.norm = nn.Identity() if config.norm_position == "post" else make_norm(config, **made)
         self.unembedding = None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False, **made)
-        self.init_weights()
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
 
     def _make_block(self, layer_idx: int, **made: Any) -> Block:
         return Block(self.config, layer_idx, causal=self.causal, **made)
@@ -171,7 +172,16 @@ class Transformer(nn.Module):
     def init_weights(self) -> None:
         """Draw all parameters anew, by torch's generator: normal with config.init_std, and where a layer adds to the residual stream,
         smaller by √(2·L), so that the stream does not grow with depth (Radford et al., 2019); biases 0, norms 1."""
-        init_weights(self, self.config)
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            module = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, fnn.RMSNorm | fnn.LayerNorm):
+                module.reset_parameters()
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                adds = "o_proj" in name or "down_proj" in name
+                parameter.normal_(0.0, std / math.sqrt(2 * self.config.num_layers) if adds else std)
 
     # Forward
 
@@ -190,8 +200,8 @@ class Transformer(nn.Module):
             max_seqlen: the longest of them, if known: T is the bound otherwise.
             cache: of `new_cache`, whose `step` has been taken; tokens are that step's. There is no gradient.
 
-        Raises: ValueError, TypeError for tokens of another shape or type, and for sequences longer than config.max_seqlen, where a
-            length is known without reading cu_seqlens.
+        Raises: ValueError, TypeError for tokens of another shape or type, for ids that are not in the vocabulary (on the CPU), and for
+            sequences longer than config.max_seqlen, where a length is known without reading cu_seqlens.
         """
         return self._hidden(tokens, cu_seqlens, max_seqlen, cache)[0]
 
@@ -293,8 +303,8 @@ class Transformer(nn.Module):
         looked_up += 0 if self.unembedding is None else self.embedding.weight.numel()
         experts = sum(p.numel() for layer in self.layers if layer.moe is not None for p in layer.moe.experts.parameters())
         idle = experts * (1 - config.top_k / config.num_experts) if config.num_experts else 0
-        windows = (config.layer_window(layer_idx) for layer_idx in range(config.num_layers))
-        seen = sum(visible_pairs(seqlen, seqlen, None if w is None else w - 1, 0 if self.causal else None) for w in windows) / seqlen
+        lefts = [None if (w := config.layer_window(layer_idx)) is None else w - 1 for layer_idx in range(config.num_layers)]
+        seen = sum(visible_pairs(seqlen, seqlen, left, 0 if self.causal else left) for left in lefts) / seqlen
         return 6 * (self.num_parameters() - looked_up - idle) + 12 * config.num_heads * config.head_dim * seen
 
     # Inside
@@ -313,6 +323,12 @@ class Transformer(nn.Module):
             raise ValueError(f"{name}: tokens must have shape (T,) with cu_seqlens, (B, S) without, got {tuple(tokens.shape)}")
         if cache is not None and cache.current is None:
             raise ValueError(f"{name}: cache must have a current step, whose tokens these are: call step first")
+        if cache is not None and tokens.numel() != len(cache.current.slots):
+            raise ValueError(f"{name}: tokens must be the {len(cache.current.slots)} of the cache's current step, got {tokens.numel()}")
+        if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = map(int, tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"{name}: tokens must lie in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
         if self.config.positions == "alibi":
             return
         seqlen = tokens.shape[1] if tokens.dim() == 2 and cache is None else max_seqlen
@@ -333,18 +349,3 @@ def make_rotary(config: Config, device: torch.device | str | None) -> fnn.Rotary
         return None
     options = dict(base=config.rope_theta, max_seqlen=config.max_seqlen, scaling=config.rope_scaling)
     return fnn.RotaryEmbedding(config.head_dim, **options, device=device)
-
-
-def init_weights(model: nn.Module, config: Config) -> None:
-    for name, parameter in model.named_parameters():
-        module = name.rpartition(".")[0]
-        if isinstance(model.get_submodule(module), fnn.RMSNorm | fnn.LayerNorm):
-            continue
-        if name.endswith("bias"):
-            parameter.zero_()
-        else:
-            adds = module.endswith(("o_proj", "down_proj")) or name.endswith("down_proj")
-            parameter.normal_(0.0, config.init_std / math.sqrt(2 * config.num_layers) if adds else config.init_std)
-    for module in model.modules():
-        if isinstance(module, fnn.RMSNorm | fnn.LayerNorm):
-            module.reset_parameters()
