@@ -67,7 +67,7 @@ def accuracy(model: Encoder, data: MaskedText, batches: int = 20) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sentences", nargs="*", default=SENTENCES, help="ASCII text with _ for each blank")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
     if options.steps < 1:
         parser.error("--steps must be 1 or more")

@@ -82,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
             _train(options, those)
     except Interrupted as error:
         return _fail(f"{error}: go on with --resume", 130)
+    except KeyboardInterrupt:  # before the first step, or a second one
+        return _fail("interrupted; whatever was saved before is whole", 130)
     except (DataError, CheckpointError, TrainingError, ValueError, TypeError, ImportError, OSError) as error:
         return _fail(error, 1)
     return 0
