@@ -34,9 +34,11 @@ PRESETS = {
     ("cpu", "tiny"): _shapes(TINY, (2, 16)),
     ("cpu", "quick"): _shapes(SMOLLM2, (1, 512)),
     ("cpu", "full"): _shapes(SMOLLM2, (1, 512), (1, 2048)),
+    ("cpu", "model"): _shapes(SMOLLM2, (1, 1024)),
     ("cuda", "tiny"): _shapes(TINY, (2, 64)),
     ("cuda", "quick"): _shapes(LLAMA_1B, (4, 2048)) + _shapes(LLAMA_8B, (2, 4096)),
     ("cuda", "full"): _shapes(LLAMA_1B, (8, 1024), (4, 2048), (1, 8192)) + _shapes(LLAMA_8B, (4, 2048), (2, 4096), (1, 8192)),
+    ("cuda", "model"): _shapes(SMOLLM2, (8, 2048)) + _shapes(LLAMA_1B, (4, 2048)) + _shapes(LLAMA_8B, (2, 4096)),
 }
 
 

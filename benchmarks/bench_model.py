@@ -39,9 +39,11 @@ PRESETS = {
     ("cpu", "tiny"): _shapes(TINY, (2, 16)),
     ("cpu", "quick"): _shapes(Sizes("4 layers of SmolLM2", 576, 9, 3, 64, 1536, 4, 8192), (1, 256)),
     ("cpu", "full"): _shapes(SMOLLM2, (1, 512)),
+    ("cpu", "model"): _shapes(SMOLLM2, (1, 256)),
     ("cuda", "tiny"): _shapes(TINY, (2, 64)),
     ("cuda", "quick"): _shapes(SMOLLM2, (8, 2048)) + _shapes(LLAMA_1B, (2, 2048)),
     ("cuda", "full"): _shapes(SMOLLM2, (32, 512), (8, 2048), (2, 8192)) + _shapes(LLAMA_1B, (4, 1024), (2, 2048), (1, 4096)),
+    ("cuda", "model"): _shapes(SMOLLM2, (8, 2048)) + _shapes(LLAMA_1B, (2, 2048)),
 }
 
 

@@ -43,9 +43,11 @@ PRESETS = {
     ("cpu", "tiny"): _shapes(TINY, (2, 21)),
     ("cpu", "quick"): _shapes(Sizes("4 layers of SmolLM2", 576, 9, 3, 64, 1536, 4, 8192), (4, 512)),
     ("cpu", "full"): _shapes(SMOLLM2, (1, 512), (8, 512)),
+    ("cpu", "model"): _shapes(SMOLLM2, (1, 512)),
     ("cuda", "tiny"): _shapes(TINY, (2, 100)),
     ("cuda", "quick"): _shapes(LLAMA_1B, (1, 4096), (32, 4096)),
     ("cuda", "full"): _shapes(LLAMA_1B, (1, 4096), (32, 4096), (128, 2048)) + _shapes(LLAMA_8B, (1, 8192), (32, 4096)),
+    ("cuda", "model"): _shapes(LLAMA_1B, (1, 4096), (32, 4096)) + _shapes(LLAMA_8B, (1, 8192)),
 }
 
 

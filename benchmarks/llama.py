@@ -46,7 +46,7 @@ class Sizes:
 
 TINY = Sizes("tiny", 32, 4, 2, 8, 48, 2, 64)
 SMOLLM2 = Sizes.of(models.SMOLLM2_135M, 30)
-LLAMA_1B = Sizes("Llama-3.2-1B", 2048, 32, 8, 64, 8192, 16, 128256)
+LLAMA_1B = Sizes.of(models.LLAMA_32_1B, 16)
 LLAMA_8B = Sizes.of(models.LLAMA_3_8B, 32)
 
 

@@ -81,7 +81,7 @@ def test_markdown():
 
 def test_what_cannot_be_tuned_is_not_said_to_be():
     assert set(order.TUNABLE) <= set(OPS)
-    text = order.as_markdown(order.read([{"op": "merge_attention", "rows": [row("x", {"fwd": {"fastattn": figure(2.0, 10), "torch": figure(1.0)}})]}]))
+    text = order.as_markdown(order.read([result("merge_attention", [row("x", {"fwd": {"fastattn": figure(2.0, 10), "torch": figure(1.0)}})])]))
     assert "`fastattn cards --op merge_attention`, then a profile" in text and "fastattn tune" not in text
 
 

@@ -57,5 +57,7 @@ if "$python" -c "import pytest" 2>/dev/null; then
 else
   echo "make gpu: no pytest here: the GPU tests were not run"
 fi
-"$python" -m fastattn bench --suite quick --json "$out/bench.json" --html "$out/bench.html"
-exit "$tests"
+bench=0
+"$python" -m fastattn bench --suite quick --json "$out/bench.json" --html "$out/bench.html" || bench=$?
+"$python" -m fastattn.benchmarks.next "$out/bench.json" --out "$out/next.md"
+exit $((tests ? tests : bench))
