@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from fastattn import __version__
     from fastattn.benchmarks import command, suite
-    from fastattn.models import explain, generate_command, training_cli
+    from fastattn.models import explain_command, generate_command, train_command
 
     parser = _Parser(prog="fastattn", description="Exact attention in Triton, behind PyTorch's signatures.")
     parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         "--experts", type=int, nargs=4, metavar=("H", "I", "E", "K"), action="append", default=[],
         help="a mixture of experts: hidden size, intermediate size, experts, experts a token; may be repeated",
     )  # fmt: skip
-    training_cli.add_arguments(add("train", training_cli.run, "train a transformer on text, on one device or by torchrun on several"))
-    explain.add_arguments(add("explain", explain.run, "one text's way through a model, as a page to look at"))
+    train_command.add_arguments(add("train", train_command.run, "train a transformer on text, on one device or by torchrun on several"))
+    explain_command.add_arguments(add("explain", explain_command.run, "one text's way through a model, as a page to look at"))
     generate_command.add_arguments(add("generate", generate_command.run, "continue prompts with a model, streaming"))
     add("cards", None, "show what the compiler makes of every kernel (--update: compile and record it; --check: compare)")
     add("tune", None, "measure an op's tiles around the table's on this GPU, and keep the better ones")

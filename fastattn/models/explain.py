@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import math
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import inspection
-from .checkpoints import load
 from .files import write_atomically
 from .tokenizers import Tokenizer
 from .transformer import Transformer
@@ -222,32 +219,3 @@ def _cache(model: Transformer) -> dict[str, Any]:
         "unshared_bytes_per_token": 2 * c.num_layers * c.num_heads * c.head_dim * itemsize,
         "lengths": lengths, "with_cache": read, "without_cache": without,
     }  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The command.
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", help=f"what the model reads: 1 to {MOST_TOKENS} tokens")
-    parser.add_argument("--model", required=True, help="a folder in Hugging Face's format, or smollm2")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page, one file")
-    parser.add_argument(
-        "--compare", nargs=3, default=COMPARED, metavar=("WORD", "SENTENCE", "SENTENCE"),
-        help="a word, and two sentences in which its vectors are compared",
-    )  # fmt: skip
-
-
-def run(options: argparse.Namespace) -> int:
-    """Write the page; 0 where that went well, 1 and a line on stderr where it did not."""
-    try:
-        model, tokenizer = load(options.model)
-        if tokenizer is None:
-            raise ValueError(f"explain: --model must have a tokeniser, got {options.model}, which has none")
-        page = explain(model, tokenizer, options.text, name=str(options.model), compared=options.compare)
-        write_page(options.out, page)
-    except (ValueError, TypeError, ImportError, OSError) as error:  # CheckpointError is a ValueError
-        print(f"fastattn explain: {error}", file=sys.stderr)
-        return 1
-    print(f"{options.out}: {len(page) / 1e6:.1f} MB")
-    return 0

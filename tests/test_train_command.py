@@ -109,7 +109,7 @@ def test_ctrl_c_before_the_first_step(tmp_path, text, capsys, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastattn.models.training_cli.Trainer", interrupted)
+    monkeypatch.setattr("fastattn.models.train_command.Trainer", interrupted)
     assert run("--data", text, *TINY, "--steps", 1, "--out", tmp_path) == 130
     assert capsys.readouterr().err == "fastattn train: interrupted; whatever was saved before is whole\n"
 
