@@ -131,7 +131,7 @@ def test_wheel_holds_every_module_under_its_import_name(archives):
     assert names == sources("fastattn") | beside
     assert "Requires-Dist: torch>=2.10\n" in metadata
     assert {line for line in metadata.splitlines() if line.startswith("Provides-Extra")} == {
-        f"Provides-Extra: {extra}" for extra in ("bench", "hf", "test", "wheel")
+        f"Provides-Extra: {extra}" for extra in ("bench", "hf", "models", "test", "wheel")
     }
 
 

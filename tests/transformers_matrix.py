@@ -461,6 +461,7 @@ WHY_NOT: list[Reason] = [
         "from 5.20 on transformers takes sdpa, paged|eager or a name with flash in it for this", fails=True,
     ),
     Reason({"gemma2", "gpt_oss"}, ALL, {"torch sdpa"}, "transformers has no sdpa for it: scores are capped, or sinks join them", fails=True),
+    Reason({"qwen3_moe", "mixtral"}, {"compile"}, {"torch sdpa"}, "transformers' own experts read how many tokens each got, which no graph can hold", fails=True),
     Reason({"bert"}, {"packed by cu_seq_lens"}, {"torch sdpa"}, "transformers' sdpa does not read cu_seq_lens", fails=True),
     Reason({"bert"}, {"packed by position_ids"}, OTHERS, "transformers' bidirectional masks do not look at position_ids, eager's neither", fails=True),
     Reason({"gpt_oss"}, {"packed by position_ids"}, OTHERS, "gpt-oss makes its masks without position_ids, eager's too", fails=True),

@@ -66,6 +66,8 @@ struct Shared {
   alignas(16) float x[kCandidates];
   alignas(16) int id[kCandidates];
   float edge[2 * kGroupColumns];  // the row's entries before and after its body, else −infinity
+  uint64_t seed;  // and the counter, of the row's draw
+  unsigned counter;
   int last_tie;
   float group_sum;
   int group;
@@ -542,6 +544,10 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
   const int thread = threadIdx.x;
   const float edge_x = thread < 2 * kGroupColumns ? row.at(row.edge_col(thread)) : -INFINITY;
   if (thread < 2 * kGroupColumns) s.edge[thread] = edge_x;
+  if (thread == 0) {  // a row with a seed of its own draws what it would draw alone
+    s.seed = static_cast<uint64_t>(p.seeds[p.has_seed_per_row ? index : 0]);
+    s.counter = p.has_seed_per_row ? 0 : static_cast<unsigned>(index);
+  }
   weights.row_max = key_float(block.most(float_key(max_or_nan(own_max, edge_x))));
   if (!(weights.row_max > -INFINITY && weights.row_max < INFINITY)) {  // no distribution
     if (thread == 0) p.ids[index] = -1;
@@ -575,10 +581,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
     sum = group_sum<T>(own_sum);
   }
 
-  // A row with a seed of its own draws what it would draw alone.
-  const int64_t seed = p.seeds[p.has_seed_per_row ? index : 0];
-  const unsigned counter = p.has_seed_per_row ? 0 : static_cast<unsigned>(index);
-  const uint4 words = philox(static_cast<uint64_t>(seed), uint4{counter, 0, 0, 0});
+  const uint4 words = philox(s.seed, uint4{s.counter, 0, 0, 0});
   const uint64_t word = uint64_t{words.x} << 32 | words.y, second_word = uint64_t{words.z} << 32 | words.w;
   if (held > 0)
     draw_from_candidates(block, weights, held, word, p.ids + index);
