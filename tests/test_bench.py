@@ -3,8 +3,8 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import math
+import os
 import re
 import subprocess
 import sys

@@ -575,3 +575,16 @@ def test_float64_cannot_be_interpreted(active):
     assert INTERPRETING
     with pytest.raises(NotImplementedError, match="float64 in Triton's interpreter is not supported"):
         F.scaled_dot_product_attention(*qkv(dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_cpu_backward_takes_a_block_of_the_keys(dtype):
+    """As a ring has it: each block's gradients by the whole's output and log-sum-exp, and they add up."""
+    q, k, v, dout = (torch.randn(2, 3, 20, 16, dtype=dtype) for _ in range(4))
+    out, lse = torch_sdpa.cpu_sdpa_forward(q, k, v, 0.0, False)
+    backward = torch_sdpa.cpu_sdpa_backward
+    whole = backward(dout, q, k, v, out, lse, 0.0, False)
+    parts = [backward(dout, q, k[:, :, part], v[:, :, part], out, lse, 0.0, False) for part in (slice(0, 12), slice(12, 20))]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0], atol=6e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)
+    for name in (1, 2):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts], 2), whole[name], atol=3e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)

@@ -54,8 +54,9 @@ def test_it_is_resumed_and_refined(tmp_path, text, capsys):
     assert "holds a run already: go on with --resume, or choose another folder" in capsys.readouterr().err
     assert run(*started, "--steps", 4, "--resume") == 0
     assert "resumed after step 2" in capsys.readouterr().out
-    assert run(*started, "--steps", 4, "--resume") == 1
-    assert "--steps must be more than 4, which the run in" in capsys.readouterr().err
+    assert run(*started, "--steps", 4, "--resume") == 0  # nothing is left to do
+    assert run(*started, "--steps", 3, "--resume") == 1
+    assert "--steps must be at least 4, which the run in" in capsys.readouterr().err
     assert [row["step"] for row in read_log(tmp_path / "run" / "log.csv")] == [1, 2, 3, 4]
     refined = ["--model", tmp_path / "run", "--data", text, "--batch-tokens", 64, "--seqlen", 64, "--out", tmp_path / "refined", "--lr", 1e-9]
     assert run(*refined, "--steps", 1) == 0

@@ -333,7 +333,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     train(make_model(CONFIGS["llama"]), data, tmp_path, steps=2, save_every=1)
     with pytest.raises(CheckpointError, match="holds a run already: resume it, or choose another folder"):
         train(make_model(CONFIGS["llama"]), data, tmp_path, steps=3)
-    with pytest.raises(CheckpointError, match=r"cannot be resumed: its model was\n  Config\("):
+    with pytest.raises(CheckpointError, match=r"cannot be resumed: its model was\n  Transformer, Config\("):
         train(make_model(CONFIGS["gpt2"]), data, tmp_path, steps=3, resume=True)
     with pytest.raises(CheckpointError, match="its data was"):
         train(make_model(CONFIGS["llama"]), text_data(100)[0], tmp_path, steps=3, resume=True)
@@ -446,3 +446,32 @@ def test_settings_are_checked():
     }.items():
         with pytest.raises(ValueError, match=message[1]):
             Settings(**{"steps": 1} | {wrong: message[0]})
+
+
+def test_a_kill_between_the_model_and_its_checkpoint_loses_neither(tmp_path, monkeypatch):
+    """The model is written first: the step is then taken again, and written again."""
+    from fastattn.models import training
+
+    data, _ = text_data()
+    saved = training.snapshots.save
+
+    def killed(folder, step, *args):
+        if step == 3:
+            raise KeyboardInterrupt
+        saved(folder, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.snapshots, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_model(CONFIGS["llama"]), data, tmp_path, steps=3, save_every=1)
+    train(make_model(CONFIGS["llama"]), data, tmp_path, steps=3, resume=True)
+    whole = train(make_model(CONFIGS["llama"]), data, tmp_path / "whole", steps=3)
+    for ours, theirs in zip(load(tmp_path)[0].parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_model_of_another_class_is_another_run(tmp_path):
+    data, _ = text_data()
+    train(make_model(CONFIGS["llama"]), data, tmp_path, steps=1)
+    with pytest.raises(CheckpointError, match="its model was"):
+        train(Encoder(CONFIGS["llama"]), data, tmp_path, steps=2, resume=True)

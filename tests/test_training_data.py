@@ -258,3 +258,21 @@ def test_pairs_of_a_file(tmp_path):
         write(file, b"one\tuno\n" + line)
         with pytest.raises(DataError, match="line 2 must be a source, a tab and a target"):
             read_pairs(file, BYTES.encode)
+
+
+def test_another_split_is_other_data():
+    corpus = Corpus.of_texts(["a text of some length, over and over " * 20] * 8, BYTES)
+    made = [PackedText(corpus, corpus.split(share)[0], batch_tokens=32, max_seqlen=16).fingerprint for share in (0.1, 0.5, 0.1)]
+    assert made[0] == made[2] != made[1]
+
+
+def test_what_a_run_writes_is_not_its_own_data(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    assert [path.name for path in text_files(tmp_path, besides=tmp_path / "run")] == ["a.txt"]
+
+
+def test_a_pair_ends_with_its_line_and_nothing_else(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("a\u2028b\tc\r\nd\te\n", encoding="utf-8", newline="")
+    assert read_pairs(tmp_path / "pairs.tsv", lambda text: [text]) == [(["a\u2028b"], ["c"]), (["d"], ["e"])]

@@ -201,7 +201,7 @@ def _forward_over_cache(
     checks.check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
     if block_table is None:
         check_attention(op, k, k, v, cu_seqlens_q=cu_seqlens_k, cu_seqlens_k=cu_seqlens_k)
-        k, v, block_table = as_cache(k, v, cu_seqlens_k, max_seqlen_k)
+        k, v, block_table = as_cache(op, k, v, cu_seqlens_k, max_seqlen_k, seqused_k)
     cache = k, v, block_table, cu_seqlens_k.diff() if seqused_k is None else seqused_k
     queries = dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q)
     _, left, right = check_paged(op, q, *cache, causal=causal, window=window, **queries, **scores)

@@ -162,7 +162,7 @@ def varlen(
         seqused_k = cu_seqlens_k.diff()
     if page_table is None:
         check_attention(op, k, k, v, cu_seqlens_q=cu_seqlens_k, cu_seqlens_k=cu_seqlens_k)
-        k, v, page_table = as_cache(k, v, cu_seqlens_k, max_seqlen_k)
+        k, v, page_table = as_cache(op, k, v, cu_seqlens_k, max_seqlen_k, seqused_k)
     queries = {} if cu_seqlens_q is None else dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q)
     return paged_attention(q, k, v, page_table, seqused_k, num_splits=num_splits, **queries, **scores)
 
@@ -211,7 +211,10 @@ def flash_attn_with_kvcache(
         v_descale=v_descale, attention_chunk=attention_chunk,
     )  # fmt: skip
     if cu_seqlens_q is not None:
-        for name, option in dict(k=k, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad).items():
+        no_place = dict(
+            k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad
+        )
+        for name, option in no_place.items():
             if option is not None:
                 raise NotImplementedError(f"{op}: {name} with cu_seqlens_q is not supported")
         if page_table is None or not isinstance(cache_seqlens, Tensor):

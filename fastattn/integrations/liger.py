@@ -64,7 +64,7 @@ def _casting(op: str, offset: float, casting_mode: str) -> dict[str, Any]:
 
 def liger_layer_norm(X: Tensor, W: Tensor, B: Tensor, eps: float) -> Tensor:
     """(X − mean X)/√(var X + eps)·W + B over the last dim."""
-    return layer_norm(X, X.shape[-1], W, B, eps)
+    return layer_norm(X, X.shape[-1], W, B, eps).to(X.dtype)
 
 
 def liger_swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def liger_geglu(a: Tensor, b: Tensor) -> Tensor:
 
 def liger_softmax(x: Tensor) -> Tensor:
     """softmax over the last dim."""
-    return softmax(x, -1)
+    return softmax(x, -1).to(x.dtype)
 
 
 def liger_rope(

@@ -31,7 +31,7 @@ from torch.nn.attention import register_flash_attention_impl
 
 from fastattn.ops import checks
 from fastattn.ops.attention import attend, attend_backward, check_attention, draw_seed
-from fastattn.ops.dispatch import checks_values, runs_kernels
+from fastattn.ops.dispatch import runs_kernels
 from fastattn.ops.operator import wants_gradient
 from fastattn.ops.paged_attention import as_cache, paged_attention
 
@@ -251,9 +251,7 @@ def _in_pages(operator: str, query, key, value, cum_seq_k, max_k, seqused_k, blo
             checks.reject(operator, "seqused_k or cum_seq_k", "be given with block_table", "neither")
         return key, value, block_table, lengths if seqused_k is None else seqused_k
     check_attention(operator, key, key, value, cu_seqlens_q=cum_seq_k, cu_seqlens_k=cum_seq_k)
-    if lengths is not None and checks_values(query) and bool((seqused_k > lengths).any()):
-        checks.reject(operator, "seqused_k", f"not exceed the lengths {lengths.tolist()}", seqused_k.tolist())
-    return *as_cache(key, value, cum_seq_k, max_k), seqused_k
+    return *as_cache(operator, key, value, cum_seq_k, max_k, seqused_k), seqused_k
 
 
 def flash_forward_out(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -345,7 +343,9 @@ def cpu_sdpa_backward(
     """aten::_scaled_dot_product_flash_attention_for_cpu_backward; gradients whose memory is (B, S, H, D)."""
     operator = "_scaled_dot_product_flash_attention_for_cpu_backward"
     options = _cpu_options(operator, query, key, value, dropout_p, is_causal, attn_mask, scale) | dict(dropout_p=0.0)
-    grads = _backward(operator, *_heads_first(grad_out, query, key, value, out), logsumexp, None, **options)
+    # Keys may be a block of those that `out` and `logsumexp` are of. Half precision is where the CPU path makes a softmax of its own.
+    block = query.dtype in (torch.float16, torch.bfloat16)
+    grads = _backward(operator, *_heads_first(grad_out, query, key, value, out), logsumexp, None, block=block, **options)
     return tuple(_heads_first(*grads))
 
 

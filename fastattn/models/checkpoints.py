@@ -7,6 +7,7 @@ post-norm, an encoder) is written under its own names, with model_type "fastattn
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,7 +84,17 @@ def save(
     if tokenizer is not None:
         tokenizer.save(folder)
     write_atomically(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode())
-    write_atomically(folder / _WEIGHTS, lambda path: safetensors.save_file(theirs, path, metadata={"format": "pt"}))
+    write_atomically(folder / _WEIGHTS, lambda path: _save_file(safetensors, theirs, path))
+
+
+def _save_file(safetensors: Any, tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' own, with the errors and the mode of any other file that is written."""
+    try:
+        safetensors.save_file(tensors, path, metadata={"format": "pt"})
+    except optional("safetensors").SafetensorError as error:  # a full disk, say
+        raise OSError(None, str(error), str(path)) from error
+    os.umask(umask := os.umask(0))
+    path.chmod(0o666 & ~umask)
 
 
 def _to_theirs(link: Link, ours: list[Tensor]) -> dict[str, Tensor]:

@@ -33,8 +33,9 @@ class DataError(ValueError):
 # Documents.
 
 
-def text_files(path: str | Path, glob: str = "**/*") -> list[Path]:
-    """The file, or the folder's files whose path within it matches `glob`, in the order of their names, hidden ones left out.
+def text_files(path: str | Path, glob: str = "**/*", besides: Path | None = None) -> list[Path]:
+    """The file, or the folder's files whose path within it matches `glob`, in the order of their names, hidden ones left out, and those of
+    the folder `besides`, where a run that reads them writes.
 
     Raises: DataError where there is none.
     """
@@ -45,6 +46,8 @@ def text_files(path: str | Path, glob: str = "**/*") -> list[Path]:
         raise DataError(f"data: {path} must be a file or a folder, and there is none")
     found = sorted(file for file in path.glob(glob) if file.is_file())
     visible = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if besides is not None:
+        visible = [file for file in visible if besides.resolve() not in file.resolve().parents]
     if not visible:
         raise DataError(f"data: {path} must hold files that match {glob}, and there is none")
     return visible
@@ -220,7 +223,8 @@ class PackedText:
                 raise ValueError(f"PackedText: {name} must be at least 2, got {value}")
         self.tokens, self.batch_tokens, self.max_seqlen = corpus.tokens, batch_tokens, min(max_seqlen, batch_tokens)
         self.seed, self.shuffle = seed, shuffle
-        self.fingerprint = f"{corpus.fingerprint} {batch_tokens} {max_seqlen} {seed}"
+        drawn = hashlib.sha256(spans.contiguous().numpy().tobytes()).hexdigest()[:16]
+        self.fingerprint = f"{corpus.fingerprint} {drawn} {batch_tokens} {max_seqlen} {seed}"
         self.starts, self.lengths, self.last = cut(spans, max_seqlen)
         self.num_tokens = int(self.lengths.sum())
         needed = batch_tokens if shuffle else 2
@@ -290,7 +294,7 @@ class MaskedText:
         if not 0.0 < masked < 1.0:
             raise ValueError(f"MaskedText: masked must lie in (0, 1), got {masked}")
         self.text, self.mask_id, self.eos_id, self.vocab_size, self.masked = text, mask_id, eos_id, vocab_size, masked
-        self.fingerprint = f"masked {masked} {text.fingerprint}"
+        self.fingerprint = f"masked {masked} {mask_id} {vocab_size} {text.fingerprint}"
 
     def __len__(self) -> int:
         return len(self.text)
@@ -357,8 +361,9 @@ def read_pairs(path: str | Path, encode: Callable[[str], list[int]]) -> list[tup
     """
     text = "".join(piece for piece, _ in read_text(text_files(path)))
     pairs = []
-    for number, line in enumerate(text.splitlines(), 1):
-        source, tab, target = line.partition("\t")
+    lines = text.split("\n")  # and at nothing else, as str.splitlines would: U+2028 may be in a text
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
+        source, tab, target = line.removesuffix("\r").partition("\t")
         if not (source and tab):
             raise DataError(f"data: {path}, line {number} must be a source, a tab and a target, got {line[:60]!r}")
         pairs.append((encode(source), encode(target)))

@@ -191,6 +191,11 @@ class EncoderDecoder(nn.Module):
         """
         if max_new_tokens < 1:
             raise ValueError(f"EncoderDecoder.generate: max_new_tokens must be at least 1, got {max_new_tokens}")
+        if self.config.positions != "alibi" and max_new_tokens > self.config.max_seqlen:
+            limit = f"max_seqlen = {self.config.max_seqlen}"
+            raise ValueError(f"EncoderDecoder.generate: max_new_tokens must be at most {limit}, got {max_new_tokens}")
+        if source.shape[0] == 0:
+            return []
         packed, cu_seqlens_source, max_seqlen_source, _ = _packed(source, source_mask, None, None, "source")
         context, _ = self.encoder._hidden(packed, cu_seqlens_source, max_seqlen_source, None)
         batch = source.shape[0]

@@ -125,7 +125,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _read(file: str) -> list[str]:
     """The prompts of a file, without empty lines."""
     text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"--prompts must name a file with a prompt a line, {file} has none")
     if not file.endswith(".jsonl"):

@@ -67,9 +67,12 @@ def trace(model: Transformer, tokens: Tensor) -> Trace:
                     seen.experts[number] = inputs[1].view(len(tokens), -1)
 
                 hooks.append(layer.moe.experts.register_forward_pre_hook(read_experts))
-        training = model.training
-        model.eval().hidden(tokens[None])
-        model.train(training)
+        modes = {module: module.training for module in model.modules()}
+        try:
+            model.eval().hidden(tokens[None])
+        finally:
+            for module, training in modes.items():
+                module.training = training
     seen.stream = torch.stack(stream)
     return seen
 

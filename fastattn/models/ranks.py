@@ -74,9 +74,10 @@ def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor on the CPU, put together where it is sharded: then each rank has to ask."""
-    return getattr(tensor, "full_tensor", lambda: tensor)().detach().cpu()
+def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:
+    """All of a tensor on the CPU, put together where it is sharded: then each rank has to ask. None for one that does not keep it."""
+    full = getattr(tensor, "full_tensor", lambda: tensor)()
+    return full.detach().cpu() if keep else None
 
 
 def as_sharded(tensor: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -7,6 +7,7 @@ is whole.
 from __future__ import annotations
 
 import fcntl
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, however that ends
         except BlockingIOError as error:
             raise CheckpointError(f"train: another process is training into {folder}") from error
-        for leftover in folder.rglob(".*.tmp"):
-            leftover.unlink()
+        for leftover in (file for place in ("", "checkpoints", "tokens") for file in (folder / place).glob(".*.tmp")):
+            if re.fullmatch(r"\..+\.\d+\.tmp", leftover.name) and leftover.is_file():  # as files.write_atomically calls them
+                leftover.unlink()
         yield

@@ -111,8 +111,8 @@ def _train(options: argparse.Namespace, those: Ranks) -> None:
         model, data, settings, options.out, validation=validation, tokenizer=tokenizer, ranks=those, resume=options.resume,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
-    if trainer.step >= options.steps:
-        raise ValueError(f"--steps must be more than {trainer.step}, which the run in {options.out} has taken already, got {options.steps}")
+    if trainer.step > options.steps:
+        raise ValueError(f"--steps must be at least {trainer.step}, which the run in {options.out} has taken already, got {options.steps}")
     trainer.run()
     if those.rank == 0:
         print(f"the model is in {options.out}")
@@ -168,7 +168,7 @@ def _new_tokenizer(options: argparse.Namespace) -> Tokenizer:
     if kind == "bpe":
         if not size.isdigit():
             raise ValueError(f"--tokenizer must be bpe:SIZE, as bpe:4096, got {name!r}")
-        files = text_files(options.data, options.glob)
+        files = text_files(options.data, options.glob, options.out)
         return tokenizers.train_bpe((text for text, _ in read_text(files)), int(size))
     if not Path(name).exists():
         raise DataError(f"--tokenizer must be bytes, bpe:SIZE, or a file or folder that is there, got {name!r}")
@@ -182,7 +182,7 @@ def _data(options: argparse.Namespace, those: Ranks, config: Config, tokenizer: 
         raise ValueError(f"--seqlen must be at most the model's max_seqlen = {config.max_seqlen}, got {seqlen}")
     if options.objective == "seq2seq":
         return _pairs(options, seqlen, tokenizer)
-    files = text_files(options.data, options.glob)
+    files = text_files(options.data, options.glob, options.out)
     cache = options.out / "tokens"
     if those.rank == 0:
         Corpus.cached(files, tokenizer, cache)

@@ -270,7 +270,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise TrainingError(
                 f"the loss is {loss:g} and the gradient's norm {norm.item():g} in step {self.step + 1}, which was not taken: try a lower "
-                f"learning rate, a longer warm-up, or float32; {self._rescue()}"
+                f"learning rate, a longer warm-up, or float32; {self._rescue(together=True)}"
             )
         self._whole = False
         self.optimizer.step()
@@ -320,20 +320,22 @@ class Trainer:
         if self.out is None or self._saved == self.step:
             return
         parameters = dict(self.model.named_parameters())
-        model = {name: whole(p) for name, p in parameters.items()}
-        optimizer = {name: {key: whole(value) for key, value in self.optimizer.state[p].items()} for name, p in parameters.items()}
-        if self.ranks.rank == 0:
-            state = {"step": self.step, "tokens": self.tokens, "run": self._identity(), "settings": dataclasses.asdict(self.settings)}
-            snapshots.save(self.out / "checkpoints", self.step, state | {"model": model, "optimizer": optimizer}, self.settings.keep)
+        first = self.ranks.rank == 0
+        model = {name: whole(p, first) for name, p in parameters.items()}
+        states = {name: self.optimizer.state[p] for name, p in parameters.items()}
+        optimizer = {name: {key: whole(value, first) for key, value in of_one.items()} for name, of_one in states.items()}
+        if first:  # the model before the checkpoint: of a run that is killed in between, the step is taken again
             described = self.model if self.ranks.world == 1 else self._class(self.model.config, device="meta")
             checkpoints.save(described, self.out, self.tokenizer, state=model)
+            state = {"step": self.step, "tokens": self.tokens, "run": self._identity(), "settings": dataclasses.asdict(self.settings)}
+            snapshots.save(self.out / "checkpoints", self.step, state | {"model": model, "optimizer": optimizer}, self.settings.keep)
         self._saved = self.step
         self.ranks.wait()
 
     def _identity(self) -> dict[str, str]:
         """What a run that goes on must have in common with the one before."""
         batches = self.settings.accumulation * self.ranks.world
-        return {"model": repr(self.model.config), "data": self.data.fingerprint, "batches a step": str(batches)}
+        return {"model": f"{self._class.__name__}, {self.model.config!r}", "data": self.data.fingerprint, "batches a step": str(batches)}
 
     def _restore(self, resume: bool) -> None:
         found = [] if self.out is None else snapshots.snapshots(self.out / "checkpoints")
@@ -353,10 +355,10 @@ class Trainer:
         self.step, self.tokens, self._saved = state["step"], state["tokens"], state["step"]
         self.report(f"resumed after step {self.step} from {found[-1]}")
 
-    def _rescue(self) -> str:
-        """Save what there is, where that is whole and no other rank would have to take part; say what is saved."""
+    def _rescue(self, together: bool = False) -> str:
+        """Save what there is, where that is whole and no other rank would have to take part, or all do so `together`; say what is saved."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self._whole and self.ranks.world == 1 and self.step:
+        if self._whole and (together or self.ranks.world == 1) and self.step:
             try:
                 self.save()
             except OSError as error:

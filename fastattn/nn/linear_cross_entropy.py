@@ -51,7 +51,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if type(self.linear).forward is not torch.nn.Linear.forward:
+        if getattr(self.linear.forward, "__func__", None) is not torch.nn.Linear.forward:
             got = f"{type(self.linear).__module__}.{type(self.linear).__qualname__}"
             checks.reject("LinearCrossEntropyLoss", "linear", "have torch.nn.Linear's forward, as its weight is read", got, TypeError)
         return linear_cross_entropy(

@@ -229,11 +229,20 @@ def check_paged(
 # The public functions.
 
 
-def as_cache(k: Tensor, v: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def as_cache(
+    op: str, k: Tensor, v: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_k: int | None, seqused_k: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """k_cache, v_cache and page_table of keys in a dense batch or a packed one, for faces that let a sequence use the first of them only.
 
-    Dense (B, S_k, H_kv, D): a row of the batch is a page. Packed (T_k, H_kv, D) with cu_seqlens_k: a token is.
+    Dense (B, S_k, H_kv, D): a row of the batch is a page. Packed (T_k, H_kv, D) with cu_seqlens_k: a token is, and B·max_seqlen_k int32
+    say which (B·T_k where it is None). seqused_k: how many of its keys each sequence uses.
+
+    Raises: ValueError for more than there are, where values are looked at.
     """
+    if seqused_k is not None and cu_seqlens_k is not None and checks_values(k):
+        lengths = cu_seqlens_k.diff()
+        if seqused_k.shape == lengths.shape and bool((seqused_k > lengths).any()):
+            checks.reject(op, "seqused_k", f"not exceed the lengths {lengths.tolist()}", seqused_k.tolist())
     if cu_seqlens_k is None:
         return k, v, torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]
     places = torch.arange(k.shape[0] if max_seqlen_k is None else max_seqlen_k, dtype=torch.int32, device=k.device)

@@ -24,9 +24,9 @@ def cross_entropy_loss(
 ) -> tuple[Tensor, Tensor]:
     """(losses, z_losses), both float32 (N,), of logits (N, V) and labels (N,); 0 where a label is ignore_index.
 
-    logit_scale: multiplies the logits, into a copy of them unless it is 1. lse_square_scale: z_losses = lse_square_scale·lse², which losses
-    include; no gradient comes through z_losses themselves. inplace_backward, and precomputed_lse: what they save is not saved here; the
-    gradient is a new tensor, and the log-sum-exp is computed.
+    logit_scale: multiplies the logits, into a float32 copy of them unless it is 1. lse_square_scale: z_losses = lse_square_scale·lse²,
+    which losses include; no gradient comes through z_losses themselves. inplace_backward, and precomputed_lse: what they save is not
+    saved here; the gradient is a new tensor, and the log-sum-exp is computed.
 
     Raises: NotImplementedError for a process_group (a vocabulary split over ranks); else as `fastattn.cross_entropy`.
     """
@@ -34,7 +34,7 @@ def cross_entropy_loss(
         raise NotImplementedError("cross_entropy_loss: process_group, a vocabulary split over ranks, is not supported")
     checks.check_tensor("cross_entropy_loss", "logits", logits)
     if logit_scale != 1.0:
-        logits = logits * logit_scale
+        logits = logits.float() * logit_scale
     # An autocast region is what makes the loss of half-precision logits float32 without a copy of them.
     with torch.autocast(logits.device.type):
         losses, lse = cross_entropy(

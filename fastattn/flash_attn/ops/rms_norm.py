@@ -13,4 +13,4 @@ __all__ = ["RMSNorm", "rms_norm"]
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x/√(mean x² + epsilon)·weight over the last dim."""
-    return norm.rms_norm(x, x.shape[-1], weight, epsilon)
+    return norm.rms_norm(x, x.shape[-1], weight, epsilon).to(x.dtype)  # autocast has norms return float32

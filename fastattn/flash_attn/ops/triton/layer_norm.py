@@ -52,7 +52,7 @@ def layer_norm_fn(
     given = [name for name, option in unsupported.items() if option is not None]
     if given:
         raise NotImplementedError(f"{'rms_norm_fn' if is_rms_norm else 'layer_norm_fn'}: {given[0]} is not supported")
-    shape = x.shape[-1:]
+    shape, out_dtype = x.shape[-1:], x.dtype if out_dtype is None else out_dtype
     if residual is None and dropout_p:
         residual = torch.zeros_like(x, dtype=torch.float32 if residual_in_fp32 else x.dtype)
     if is_rms_norm:
@@ -61,11 +61,12 @@ def layer_norm_fn(
     else:
         options = dict(weight=weight, bias=bias, eps=eps)
         plain, added = layer_norm, add_layer_norm
+    wide = x.to(torch.promote_types(x.dtype, out_dtype))  # so that y is rounded once
     if residual is None:
-        y, stream = plain(x, shape, **options), x.float() if prenorm and residual_in_fp32 else x
+        y, stream = plain(wide, shape, **options), x.float() if prenorm and residual_in_fp32 else x
     else:
-        y, stream = added(x, residual, shape, dropout_p=dropout_p, **options)
-    y = y if out_dtype is None else y.to(out_dtype)
+        y, stream = added(wide, residual, shape, dropout_p=dropout_p, **options)
+    y = y.to(out_dtype)  # under autocast, norms return float32
     return (y, stream) if prenorm else y
 
 
