@@ -1,6 +1,6 @@
 """A whole language model's training step, forward and backward: from fastattn.nn, against plain torch with SDPA, eager and compiled.
 
-Tokens a second are a row's `tokens` over its time. The optimizer, which would be torch's in each, is left out.
+The optimizer, which would be torch's in each, is left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One token for each of a batch of sequences by a whole language model: fastattn.nn over a PagedKVCache, whose step is part of it, against
 plain torch with SDPA over a contiguous cache.
 
-Tokens a second are a row's `batch` over its time. All sequences are as long, which a contiguous cache needs and a paged one does not.
+All sequences are as long, which a contiguous cache needs and a paged one does not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class Shape(Sizes):
 
     batch: int
     context: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch
 
     def id(self, dtype: str) -> str:
         return f"{self.model}-B{self.batch}-S{self.context}-{dtype}"

@@ -77,10 +77,11 @@ def run(options: argparse.Namespace) -> int:
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     jobs = _jobs(ops, device, dtype, options)
     path = options.json or _default_folder() / "bench.json"
+    html = options.html or path.with_suffix(".html")
+    _check_outputs(path, html)
     result = results.begin(path, provenance(device), keep_finished=options.json is not None)
     result["finished"] = _measure(jobs, dtype, Clock(device, seconds=0.1 if device.type == "cpu" else 0.15), result, path)
     results.save(result, path)
-    html = options.html or path.with_suffix(".html")
     page.write(result, html)
 
     selected = {job.suite.op: job for job in jobs}
@@ -94,6 +95,27 @@ def run(options: argparse.Namespace) -> int:
         return INTERRUPTED
     whole = all(_is_whole(row, job.modes) for op, job in selected.items() for row in result["ops"][op]["rows"])
     return 1 if not whole or (slower and options.fail_if_slower) else 0
+
+
+def _check_outputs(path: Path, html: Path) -> None:
+    """Before anything is measured: files that can be written, and of which nobody misses what they hold."""
+    if path.resolve() == html.resolve():
+        raise SystemExit(f"fastattn bench: --html must be another file than --json, got {html} for both")
+    for name, file in (("--json", path), ("--html", html)):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new = not file.exists()
+            with open(file, "a"):
+                pass
+            if new:
+                file.unlink()
+        except OSError as error:
+            raise SystemExit(f"fastattn bench: {name} must be a file to write, got {file}: {error.strerror}") from None
+    if path.exists() and path.stat().st_size:
+        try:
+            results.load(path)
+        except ValueError as error:
+            raise SystemExit(f"fastattn bench: --json would overwrite what is no result of this command: {error}") from None
 
 
 class Job:

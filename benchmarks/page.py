@@ -201,7 +201,8 @@ def _table(suite: Suite, result: Mapping[str, Any], mode: str, names: Sequence[s
     rows = [row for row in result["ops"][suite.op]["rows"] if OURS in row["modes"].get(mode, {})]
     unit, factor = suite.ceiling.unit(max((c[suite.ceiling.name] for c in result["ceilings"].values()), default=0.0))
     peers = [name for name in names if name != OURS and any(name in row["modes"][mode] for row in rows)]
-    graphs, memory = (any(row["modes"][mode][OURS].get(key) is not None for row in rows) for key in ("graph_ms", "peak_bytes"))
+    optional = ("graph_ms", "peak_bytes", "tokens_per_second")
+    graphs, memory, tokens = (any(row["modes"][mode][OURS].get(key) is not None for row in rows) for key in optional)
     lines = []
     for row in rows:
         figures = row["modes"][mode]
@@ -210,10 +211,11 @@ def _table(suite: Suite, result: Mapping[str, Any], mode: str, names: Sequence[s
         cells += [f"{ours[share]:.0f}" if share in ours else "–" for share in ("percent_of_ceiling", "percent_of_roofline")]
         cells += [f"{ours['graph_ms']:.3f}" if ours.get("graph_ms") else "–"] if graphs else []
         cells += [f"{ours['peak_bytes'] / 2**20:.0f}"] if memory else []
+        cells += [f"{ours['tokens_per_second']:,.0f}"] if tokens else []
         heat = [_peer_cell(name, figures[name]) if name in figures else None for name in peers]
         lines.append({"id": row["id"], "cells": cells, "heat": heat})
     header = ["ms", "±", unit, f"% of {suite.ceiling.what}", "% of roofline"]
-    header += ["graph ms"] * graphs + ["peak MB"] * memory
+    header += ["graph ms"] * graphs + ["peak MB"] * memory + ["tokens/s"] * tokens
     return {"title": MODES[mode], "header": header, "peers": peers, "lines": lines}
 
 

@@ -191,6 +191,7 @@ def print_op(suite: Suite, result: Mapping[str, Any], names: Sequence[str]) -> N
 
 # What stands beside a peer-independent figure only where some row has it: header, and the cell of our figure.
 _OPTIONAL = {
+    "tokens_per_second": ("tokens/s", lambda ours, others: f"{ours['tokens_per_second']:,.0f}"),
     "graph_ms": ("graph ms", lambda ours, others: f"{ours['graph_ms']:.3f}" if ours["graph_ms"] else "–"),
     "peak_bytes": ("peak MB", lambda ours, others: _peaks(ours, others)),
 }

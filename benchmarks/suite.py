@@ -33,7 +33,8 @@ Forward = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
 class Shape(Protocol):
-    """A frozen dataclass: one case of a benchmark. `model` names the model it is from, "" for none."""
+    """A frozen dataclass: one case of a benchmark. `model` names the model it is from, "" for none. Of a whole model, `tokens` says how
+    many a call goes through."""
 
     def id(self, dtype: str) -> str: ...
 
@@ -247,6 +248,8 @@ def run_shape(
     for mode in modes:
         row["modes"][mode], failures = _measure({n: w[mode] for n, w in candidates.items() if mode in w}, suite.ceiling, work[mode], clock)
         row["left_out"] |= failures
+        for figure in row["modes"][mode].values() if hasattr(shape, "tokens") else ():
+            figure["tokens_per_second"] = 1e3 * shape.tokens / figure["ms"]
     if device.type == "cuda":  # after everything else, as a call that cannot be recorded may leave an error behind
         row["not_captured"] = _measure_replays(candidates, row["modes"], clock)
     return row

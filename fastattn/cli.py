@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import os
 import platform
 import sys
 import time
@@ -17,8 +18,24 @@ import torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 when all went well, 1 when a check was red; argparse exits 2 on bad arguments."""
+    """Run one command and return its exit status: 0 when all went well, 1 when a check was red or a file could not be read or written, 130
+    after Ctrl-C; argparse exits 2 on bad arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130  # by the shell's convention
+    except BrokenPipeError:  # who read has gone, and the interpreter is not to complain of it as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a path or a disk
+        print(f"fastattn {arguments[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     if arguments and arguments[0] in _OF_THEIR_OWN:
         return importlib.import_module(_OF_THEIR_OWN[arguments[0]]).main(arguments[1:]) or 0
     options = _parser().parse_args(arguments)

@@ -320,3 +320,16 @@ def test_readme_is_replaced_between_its_markers_only():
     assert readme.replaced(page, "new") == f"before\n{readme.BEGIN}\n\nnew\n\n{readme.END}\nafter"
     with pytest.raises(ValueError, match="must have the markers"):
         readme.replaced("before", "new")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--json", "{}/notes.txt"], "--json would overwrite what is no result"),
+    (["--json", "{}/a.json", "--html", "{}/a.json"], "--html must be another file than --json"),
+    (["--json", "{}"], "--json must be a file to write"),
+    (["--json", "{}/a.json", "--html", "/proc/x.html"], "--html must be a file to write"),
+])  # fmt: skip
+def test_outputs_are_looked_at_before_anything_is_measured(options, message, tmp_path):
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(SystemExit, match=message):
+        main(["bench", "softmax", "--suite", "tiny", "--device", "cpu", *(option.format(tmp_path) for option in options)])
+    assert (tmp_path / "notes.txt").read_text() == "notes" and not (tmp_path / "a.json").exists()

@@ -166,3 +166,10 @@ def test_runs_as_a_module():
     assert done.returncode == 0, done.stderr
     for command in ("bench", "info", "verify", "warmup", "cards"):
         assert command in done.stdout
+
+
+def test_a_reader_that_left_and_a_disk_that_is_full_are_said_in_a_line():
+    done = subprocess.run(f"{sys.executable} -m fastattn cards --op softmax | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    done = subprocess.run(f"{sys.executable} -m fastattn cards --op softmax > /dev/full", shell=True, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("fastattn cards: ") and "Traceback" not in done.stderr

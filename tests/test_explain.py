@@ -239,3 +239,13 @@ def test_a_browser_shows_it(scheme, width, preset, browser, tmp_path):
     assert int(re.match(r"[\d,]+", tab.locator("#kept").inner_text()).group().replace(",", "")) < 259
     assert not errors
     context.close()
+
+
+def test_what_is_no_decoder_or_not_finite_is_refused():
+    config = models.Config.preset("llama-tiny", num_layers=1, hidden_size=32)
+    with pytest.raises(ValueError, match="explain: model must be a decoder-only language model, got Encoder"):
+        measure(models.Encoder(config), models.ByteTokenizer(), "x")
+    model = models.Transformer(config)
+    model.layers[0].mlp.down_proj.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="explain: model must compute finite numbers"):
+        measure(model, models.ByteTokenizer(), "x")

@@ -438,8 +438,8 @@ def test_figures_of_devices(monkeypatch):
 def test_settings_are_checked():
     for wrong, message in {
         "steps": (0, "train: steps must be at least 1, got 0"),
-        "lr": (0.0, "train: lr must be positive, got 0.0"),
-        "clip": (math.nan, "train: clip must be positive, got nan"),
+        "lr": (0.0, "train: lr must be positive and finite, got 0.0"),
+        "clip": (math.nan, "train: clip must be positive and finite, got nan"),
         "weight_decay": (-1.0, "train: weight_decay must be at least 0, got -1.0"),
         "warmup": (-1, "train: warmup must be at least 0, got -1"),
         "dtype": ("float8", "train: dtype must be one of float32, bfloat16, got 'float8'"),

@@ -52,6 +52,8 @@ def measure(
     model: Transformer, tokenizer: Tokenizer, text: str, *, name: str = "", compared: Sequence[str] = COMPARED
 ) -> dict[str, Any]:
     """All that the page shows, of types that JSON has."""
+    if not (isinstance(model, Transformer) and model.causal):
+        raise ValueError(f"explain: model must be a decoder-only language model, got {type(model).__name__}")
     ids = tokenizer.encode(text)
     longest = min(MOST_TOKENS, model.config.max_seqlen)
     if not 1 <= len(ids) <= longest:
@@ -60,6 +62,8 @@ def measure(
         raise ValueError(f"explain: tokenizer must have at most the model's {model.config.vocab_size} tokens, got {tokenizer.vocab_size}")
     device = model.embedding.weight.device
     seen = inspection.trace(model, torch.tensor(ids, device=device))
+    if not torch.isfinite(seen.stream).all():
+        raise ValueError("explain: model must compute finite numbers, and its residual stream has others")
     names = _Names(tokenizer)
     return {
         "name": name or type(model).__name__,

@@ -31,5 +31,5 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, TypeError, ImportError, OSError) as error:  # CheckpointError is a ValueError
         print(f"fastattn explain: {error}", file=sys.stderr)
         return 1
-    print(f"{options.out}: {len(page) / 1e6:.1f} MB")
+    print(f"{options.out}: {len(page) / 1e3:,.0f} kB")
     return 0

@@ -15,6 +15,7 @@ import torch
 from fastattn.page_pool import OutOfPages
 
 from . import checkpoints
+from .arguments import device
 from .generation import Event, Options, Statistics, stream
 from .logits import NoDistribution
 from .tokenizers import Tokenizer
@@ -50,18 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-batch", type=int, metavar="B", default=default.max_batch, help="prompts at once, at most; default: %(default)s")
     add("--page-size", type=int, metavar="S", default=default.page_size, help="tokens of a cache page; default: %(default)s")
     add("--num-pages", type=int, metavar="N", help="of the cache; default: enough for --max-batch answers")
-    add("--device", type=_device, help="cuda where there is one, else cpu; or name it")
+    add("--device", type=device, help="cuda where there is one, else cpu; or name it")
     add("--dtype", choices=DTYPES, help="of the weights; default: the file's")
-
-
-def _device(text: str) -> torch.device:
-    try:
-        found = torch.empty(0, device=text).device  # which tells whether it is there
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"must be a device that is there, got {text!r}: {str(error).splitlines()[0]}") from error
-    if found.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    return found
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from . import checkpoints, tokenizers
+from .arguments import device
 from .config import PRESETS, Config
 from .data import Corpus, DataError, MaskedText, PackedPairs, PackedText, generator, read_pairs, read_text, text_files
 from .encoder import Encoder, EncoderDecoder
@@ -19,7 +21,7 @@ from .files import CheckpointError
 from .ranks import Ranks, ranks
 from .snapshots import snapshots
 from .tokenizers import Tokenizer
-from .training import DTYPES, Batches, Interrupted, Settings, Trainer, TrainingError
+from .training import DTYPES, Batches, Interrupted, Settings, Trainer, TrainingError, is_out_of_memory
 from .transformer import Transformer
 
 MODELS = {"next-token": Transformer, "masked-token": Encoder, "seq2seq": EncoderDecoder}
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = _DEFAULTS[name]
         add(training, f"--{name.replace('_', '-')}", _HELP[name], type=type(default), default=default)
     add(training, "--warmup", "steps of growing learning rate; default: a tenth, 100 at most", type=int)
-    add(training, "--device", "cuda where there is one, else cpu", default=None)
+    add(training, "--device", "cuda where there is one, else cpu", type=device, default=None)
     add(training, "--dtype", "what is computed in; parameters are float32", choices=list(DTYPES), default="float32")
     add(training, "--checkpoint-activations", "compute each layer again in the backward, for memory", action="store_true")
     add(training, "--compile", "torch.compile the blocks", action="store_true")
@@ -86,7 +88,19 @@ def run(options: argparse.Namespace) -> int:
         return _fail("interrupted; whatever was saved before is whole", 130)
     except (DataError, CheckpointError, TrainingError, ValueError, TypeError, ImportError, OSError) as error:
         return _fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail("out of memory before the first step: choose a smaller model", 1)
     return 0
+
+
+def _say(line: str) -> None:
+    """A line of progress; where nobody can read any more, a run goes on without."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: object, status: int) -> int:
@@ -109,7 +123,7 @@ def _train(options: argparse.Namespace, those: Ranks) -> None:
     data, validation = _data(options, those, model.config, tokenizer)
     trainer = Trainer(
         model, data, settings, options.out, validation=validation, tokenizer=tokenizer, ranks=those, resume=options.resume,
-        report=lambda line: print(line, flush=True),
+        report=_say,
     )  # fmt: skip
     if trainer.step > options.steps:
         raise ValueError(f"--steps must be at least {trainer.step}, which the run in {options.out} has taken already, got {options.steps}")
@@ -177,7 +191,7 @@ def _new_tokenizer(options: argparse.Namespace) -> Tokenizer:
 
 def _data(options: argparse.Namespace, those: Ranks, config: Config, tokenizer: Tokenizer) -> tuple[Batches, Batches | None]:
     """(training, validation or None)"""
-    seqlen = options.seqlen or config.max_seqlen
+    seqlen = config.max_seqlen if options.seqlen is None else options.seqlen
     if config.positions != "alibi" and seqlen > config.max_seqlen:
         raise ValueError(f"--seqlen must be at most the model's max_seqlen = {config.max_seqlen}, got {seqlen}")
     if options.objective == "seq2seq":

@@ -92,8 +92,8 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip", "eps"):
-            if not getattr(self, name) > 0.0:
-                raise ValueError(f"train: {name} must be positive, got {getattr(self, name)}")
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name} must be positive and finite, got {getattr(self, name)}")
         for name in ("weight_decay", "final_lr", "warmup"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"train: {name} must be at least 0, got {getattr(self, name)}")
@@ -204,7 +204,7 @@ class Trainer:
             try:
                 self._run(asked, log)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 advice = "choose smaller batches with more accumulation, activation checkpointing or bfloat16"
                 raise TrainingError(f"out of memory in step {self.step + 1}: {advice}; {self._rescue()}") from error
@@ -358,7 +358,8 @@ class Trainer:
     def _rescue(self, together: bool = False) -> str:
         """Save what there is, where that is whole and no other rank would have to take part, or all do so `together`; say what is saved."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self._whole and (together or self.ranks.world == 1) and self.step:
+        finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters()) if self.ranks.world == 1 else True
+        if self._whole and finite and (together or self.ranks.world == 1) and self.step:
             try:
                 self.save()
             except OSError as error:
@@ -387,7 +388,7 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700.0 else math.inf
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
