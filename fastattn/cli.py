@@ -132,7 +132,7 @@ def _info(options: argparse.Namespace) -> int:
 
 # Ops of two implementations on a device: their compiled operator, and when it is the one.
 _COMPILED = {
-    "attention": ("attention_fwd_cpp", "short sequences with softcap, dropout or ALiBi"),
+    "attention": ("attention_fwd_cpp", "short sequences with softcap, dropout, ALiBi, sinks or a window"),
     "paged_attention": ("paged_attention_cpp", "few rows of a group"),
     "append_paged_kv": ("append_paged_kv_cpp", ""),
     "sampling": ("sample_cpp", ""),

@@ -203,9 +203,9 @@ def test_who_is_chosen():
     """Up to 64 rows; and of dense attention what is short and has more between its products than a mask."""
     assert cpu_operators.available("paged_attention_cpp") and cpu_operators.available("attention_bwd_cpp")
     q, k = torch.zeros(1, 64, 8, 16), torch.zeros(1, 512, 4, 16)
-    fits = lambda q=q, k=k, bias=None, cu=None, softcap=1.0, p=0.0: attention._compiled_fits(q, k, bias, None, cu, softcap, p)  # noqa: E731
-    assert fits() and fits(softcap=0.0, p=0.1)
-    assert not fits(softcap=0.0) and not fits(bias=k) and not fits(cu=k) and not fits(q.double(), k.double()) and not fits(k=k.repeat(1, 2, 1, 1))
+    fits = lambda q=q, k=k, bias=None, cu=None, softcap=1.0, p=0.0, sinks=None, window=(None, 0): attention._compiled_fits(q, k, bias, None, sinks, cu, window, softcap, p)  # noqa: E731
+    assert fits() and fits(softcap=0.0, p=0.1) and fits(softcap=0.0, sinks=k) and fits(softcap=0.0, window=(3, 0)) and fits(softcap=0.0, window=(None, 2))
+    assert not fits(softcap=0.0) and not fits(softcap=0.0, window=(None, None)) and not fits(bias=k) and not fits(cu=k) and not fits(q.double(), k.double()) and not fits(k=k.repeat(1, 2, 1, 1))
     assert fits(q[:, :1], k.repeat(1, 2, 1, 1)) and not fits(q[:, :1], k.repeat(1, 3, 1, 1))
 
 

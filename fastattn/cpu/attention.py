@@ -2,7 +2,7 @@
 
 Three ways. Where only additive terms come between q k^T and the softmax (`_fused_fits`), torch's fused CPU
 op does the work: in one call, or in one a chunk of rows where a mask has to be made for it. What else short sequences
-have (`_compiled_fits`), csrc/cpu/attention.cpp does where it is built, forward and backward. Otherwise each chunk is
+have, windows and sinks too (`_compiled_fits`), csrc/cpu/attention.cpp does where it is built, forward and backward. Otherwise each chunk is
 three plain steps, scores, softmax and the product with v. The backward repeats the first two before its own, unless the
 forward was told to keep its weights: then the whole call is one chunk. Either way about `_CHUNK_ELEMENTS` scores or mask
 entries exist at a time, and only of keys that some row of the chunk can see.
@@ -97,7 +97,8 @@ def keeps_weights(
     elements = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
     if cu_seqlens_q is not None or elements * product_dtype(q, k).itemsize > 4 * _CHUNK_ELEMENTS:
         return False
-    if not bias_grad and _compiled_fits(q, k, None, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
+    window = window_left, window_right
+    if not bias_grad and _compiled_fits(q, k, None, alibi_slopes, None, cu_seqlens_q, window, softcap, dropout_p):
         return False
     if q.shape[1] > _CHUNK_ROWS and not (window_left is None and window_right is None):
         return False
@@ -131,7 +132,8 @@ def attention_fwd(
     (H, T), float32 (float64 for float64 inputs). Accumulates in float32. With keep_weights, which dense calls may ask for
     where `keeps_weights` says so: the weights, (B, H, S_q, S_k) in `product_dtype`, dropped ones with a minus sign.
     """
-    if not keep_weights and _compiled_fits(q, k, attn_bias, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
+    window = window_left, window_right
+    if not keep_weights and _compiled_fits(q, k, attn_bias, alibi_slopes, sinks, cu_seqlens_q, window, softcap, dropout_p):
         tensors = *map(in_rows, (q, k, v)), contiguous_floats(alibi_slopes), contiguous_floats(sinks), dropout_seed
         options = window_left, window_right, softmax_scale, softcap, _resolved(dropout_p)
         return *torch.ops.fastattn.attention_fwd_cpp(*tensors, *options), None
@@ -192,7 +194,8 @@ def attention_bwd(
     dout and dlse have out's and lse's shapes and any strides; dlse may be None, and so may weights. dbias (attn_bias's shape and dtype) is
     computed where ``bias_grad``; dsinks (sinks' dtype) where sinks are given.
     """
-    if weights is None and _compiled_fits(q, k, attn_bias, alibi_slopes, cu_seqlens_q, softcap, dropout_p):
+    window = window_left, window_right
+    if weights is None and _compiled_fits(q, k, attn_bias, alibi_slopes, sinks, cu_seqlens_q, window, softcap, dropout_p):
         dq, dk, dv, delta = torch.ops.fastattn.attention_bwd_cpp(
             in_rows(dout), contiguous_floats(dlse), *map(in_rows, (q, k, v)), contiguous_floats(alibi_slopes),
             contiguous_floats(sinks), dropout_seed, contiguous_floats(lse), window_left, window_right, softmax_scale, softcap,
@@ -238,9 +241,14 @@ def _sinks_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
     return dsinks.transpose(-1, -2).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
 
 
-def _compiled_fits(q, k, bias, slopes, cu_seqlens_q, softcap: float, dropout_p: float) -> bool:
+def _compiled_fits(
+    q, k, bias, slopes, sinks, cu_seqlens_q, window: tuple[int | None, int | None], softcap: float, dropout_p: float
+) -> bool:
     """Whether a call is short, dense, and of what neither torch's fused op nor its products do as well."""
-    if _fused_fits(slopes, softcap, dropout_p) or bias is not None or cu_seqlens_q is not None or q.dtype == torch.float64:
+    reach = q.shape[1] + k.shape[1]  # of a window that hides nothing
+    left, right = (None if bound is None or bound >= reach else bound for bound in window)
+    plain = sinks is None and left is None and right in (None, 0) and _fused_fits(slopes, softcap, dropout_p)
+    if plain or bias is not None or cu_seqlens_q is not None or q.dtype == torch.float64:
         return False
     (_, seqlen_q, num_heads, _), (_, seqlen_k, num_kv_heads, _) = q.shape, k.shape
     if min(q.numel(), k.numel()) == 0 or seqlen_k > _COMPILED_KEYS:
