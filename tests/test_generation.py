@@ -666,7 +666,9 @@ def test_out_of_memory_is_said(folder, capsys, monkeypatch, error):
 def test_as_a_process(folder):
     def start(*arguments):
         line = [sys.executable, "-m", "fastattn", "generate", "--model", folder, "--device", "cpu", *arguments]
-        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # whatever a job in the background inherits
+        made = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONUNBUFFERED": "1"}}
+        return subprocess.Popen(line, **made, **heeds)
 
     many = ["--prompt", "a", "--prompt", "b", "--max-new-tokens", "100", "--json"] + [x for i in range(600) for x in ("--prompt", str(i))]
     process = start(*many)
