@@ -61,7 +61,7 @@ _TINY = [replace(s, num_heads=4, num_kv_heads=2, head_dim=16) for s in [
 PRESETS = {
     ("cpu", "tiny"): _TINY,
     ("cpu", "quick"): [
-        *_shapes((1, 16), (2048,), (1, 16, 64)), Shape("prefill", 1, 2048, 16, 256), Shape("prefix", 16, 2048, 16, prefix=1792),
+        *_shapes((1, 16), (2048,), (16, 64)), Shape("prefill", 1, 2048, 16, 256), Shape("prefix", 16, 2048, 16, prefix=1792),
     ],
     ("cpu", "full"): [
         *_shapes((1, 16), (512, 2048, 8192), (1, 4, 16, 64, 256), ("", "int8")),

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     html = options.html or path.with_suffix(".html")
     _check_outputs(path, html)
     result = results.begin(path, provenance(device), keep_finished=options.json is not None)
-    result["finished"] = _measure(jobs, dtype, Clock(device, seconds=0.1 if device.type == "cpu" else 0.15), result, path)
+    result["finished"] = _measure(jobs, dtype, Clock(device, seconds=0.08 if device.type == "cpu" else 0.15), result, path)
     results.save(result, path)
     page.write(result, html)
 

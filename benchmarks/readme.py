@@ -96,7 +96,7 @@ def _summary(op: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
         ratios = {name: [figures[name]["ratio"] for figures in of_mode if name in figures] for name in names}
         means = [f"{name} {math.exp(statistics.fmean(map(math.log, found))):.2f}×" for name, found in ratios.items()]
         shares = [figures[OURS]["percent_of_roofline"] for figures in of_mode if "percent_of_roofline" in figures[OURS]]
-        yield [op, MODES[mode], str(len(of_mode)), f"{statistics.median(shares):.0f} %" if shares else "–", ", ".join(means) or "–"]
+        yield [op, MODES[mode], str(len(of_mode)), _share(shares), ", ".join(means) or "–"]
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -111,6 +111,12 @@ def _plots(path: Path, result: Mapping[str, Any]) -> list[Path]:
         return any(len(points) > 1 for of_mode in found for lines in of_mode.values() for points in lines.values())
 
     return [path.with_name(f"{op}.png") for op in result["ops"] if has_line(op)]
+
+
+def _share(shares: Sequence[float]) -> str:
+    """The median; – where there is none, or more than all: of a mode whose work another mode has done."""
+    median = statistics.median(shares) if shares else math.inf
+    return f"{median:.0f} %" if median <= 100 else "–"
 
 
 def replaced(text: str, generated: str) -> str:
