@@ -163,7 +163,7 @@ def _table(cells: Sequence[Cell], gap: Any) -> list[str]:
 def _next(cell: Cell) -> str:
     if cell.op in TUNABLE:
         mode = f" --mode {cell.which}" if cell.which in ("fwd", "bwd") else ""
-        return f"`fastattn tune {cell.op} --only '^{cell.row}$'{mode}`"
+        return f"`fastattn tune {cell.op} --shape '^{cell.row}$'{mode}`"
     return f"`fastattn cards --op {cell.op}`, then a profile" if cell.op != "linear_cross_entropy" else "a profile"
 
 

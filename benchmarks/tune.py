@@ -1,6 +1,6 @@
 """`fastattn tune OP`: measure tiles around those of the tables on this GPU, print rows for the tables, and keep them for this machine.
 
-    fastattn tune attention --shapes quick             print what would be better, with its receipts
+    fastattn tune attention --suite quick             print what would be better, with its receipts
     fastattn tune attention --write                    and write it to FASTATTN_TUNE_DIR, where the next process finds it
 
 For each row that the op's benchmark shapes ask for, its neighbours (tiles that differ in a field or two) are compiled for this part. Those
@@ -360,8 +360,8 @@ def tune(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastattn tune", description="Measure an op's tiles around the table's on this GPU.")
     parser.add_argument("op", choices=suite.OPS)
-    parser.add_argument("--shapes", choices=("tiny", "quick", "full"), default="quick", help="the benchmark's (default: quick)")
-    parser.add_argument("--only", type=_regex, default="", metavar="REGEX", help="shapes, by their benchmark's names")
+    parser.add_argument("--suite", choices=("tiny", "quick", "full"), default="quick", help="the benchmark's (default: quick)")
+    parser.add_argument("--shape", type=_regex, default="", metavar="REGEX", help="shapes, by their benchmark's names")
     parser.add_argument("--rows", type=_regex, default="", metavar="REGEX", help="rows, e.g. 'attention_fwd .* 128'")
     parser.add_argument("--mode", choices=("fwd", "bwd"), nargs="+", default=["fwd", "bwd"])
     parser.add_argument("--dtype", choices=suite.DTYPES, default="bf16")
@@ -392,7 +392,7 @@ def _run(options: argparse.Namespace, device: torch.device, folder: Path | None)
     from fastattn.kernels.tiles import part_of
 
     found = suite.suite_of(options.op)
-    shapes = [s for s in found.presets["cuda", options.shapes] if options.only.search(s.id(options.dtype))]
+    shapes = [s for s in found.presets["cuda", options.suite] if options.shape.search(s.id(options.dtype))]
     modes = [which for which in options.mode if which in found.modes]
     target = target_of(torch.empty(0, device=device))
     where = provenance(device)

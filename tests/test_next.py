@@ -72,7 +72,7 @@ def test_markdown():
     text = order.as_markdown(order.read([ATTENTION, SOFTMAX]), ("attention", "softmax", "rotary"))
     assert "- attention: NVIDIA H200, 2026-11-29, commit c303729ab" in text
     assert "- `attention` S8192: outside the error budget: dq" in text
-    first = text.index("| 1 | attention, fwd | S1024 | 2.000 | 2.00× of SDPA flash | 60 % of matmul | `fastattn tune attention --only '^S1024$' --mode fwd` |")
+    first = text.index("| 1 | attention, fwd | S1024 | 2.000 | 2.00× of SDPA flash | 60 % of matmul | `fastattn tune attention --shape '^S1024$' --mode fwd` |")
     assert first < text.index("## 3.") < text.index("| 1 | attention, bwd | S4096 | 1.000 | nothing is faster | 30 % of matmul |")
     assert text.endswith("## 4. Not measured\n\n- `rotary`: `fastattn bench rotary`\n- beside flash-attn: ModuleNotFoundError: No module named 'flash_attn'\n")
     nothing = order.as_markdown(order.read([]))
