@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from . import llama
 from .llama import LLAMA_1B, LLAMA_8B, SMOLLM2, TINY, Attend, Layer, Sizes, plain_layer, tables
-from .suite import MATMUL, OURS, Builder, Forward, Suite, find_peers
+from .suite import MATMUL, Builder, Forward, Suite, find_peers
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,6 @@ def plain(attend: Attend) -> Builder:
     return build
 
 
-def compiled(builder: Builder) -> Builder:
-    """torch.compile's, of this one shape."""
-
-    def build(shape: Any) -> Forward:
-        torch.compiler.reset()  # past its recompilation limit, dynamo would run the uncompiled function without an error
-        return torch.compile(builder(shape), dynamic=False, fullgraph=True)
-
-    return build
-
-
 def reference(shape: Shape, inputs: list[Tensor], upstream: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     leaves = llama.cast(inputs, dtype)
     outs = plain(llama.naive)(shape)(*leaves)
@@ -108,10 +98,7 @@ def reference(shape: Shape, inputs: list[Tensor], upstream: list[Tensor], dtype:
 
 
 def peers(device: torch.device) -> tuple[dict[str, Builder], dict[str, str]]:
-    builders = {OURS: build_fastattn, "naive": plain(llama.naive), "torch": plain(llama.sdpa)}
-    if device.type == "cuda":
-        builders |= {"torch.compile": compiled(plain(llama.sdpa)), f"{OURS} (compiled)": compiled(build_fastattn)}
-    return find_peers(builders, {})
+    return find_peers(llama.builders(build_fastattn, plain, device), {})
 
 
 def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:

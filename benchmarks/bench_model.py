@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from . import llama
-from .bench_layer import compiled
 from .llama import LLAMA_1B, SMOLLM2, TINY, Attend, Model, Sizes, plain_model, tables
-from .suite import MATMUL, OURS, Builder, Forward, Suite, find_peers
+from .suite import MATMUL, Builder, Forward, Suite, find_peers
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,7 @@ def reference(shape: Shape, inputs: list[Tensor], upstream: list[Tensor], dtype:
 
 
 def peers(device: torch.device) -> tuple[dict[str, Builder], dict[str, str]]:
-    builders = {OURS: build_fastattn, "naive": plain(llama.naive), "torch": plain(llama.sdpa)}
-    if device.type == "cuda":
-        builders |= {"torch.compile": compiled(plain(llama.sdpa)), f"{OURS} (compiled)": compiled(build_fastattn)}
-    return find_peers(builders, {})
+    return find_peers(llama.builders(build_fastattn, plain, device), {})
 
 
 def overhead(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:

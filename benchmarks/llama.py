@@ -20,6 +20,7 @@ import fastattn
 import fastattn.nn as fnn
 
 from . import models
+from .suite import OURS, Builder, Forward
 
 EPS = 1e-6
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, S_q, D), (B, H_kv, S_k, D) twice → (B, H, S_q, D)
@@ -125,6 +126,24 @@ def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[2])
     return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+def builders(ours: Builder, plain: Callable[[Attend], Builder], device: torch.device) -> dict[str, Builder]:
+    """Ours, and the same in plain torch by each way to attend; on CUDA also what torch.compile makes of both."""
+    found = {OURS: ours, "naive": plain(naive), "torch": plain(sdpa)}
+    if device.type == "cuda":
+        found |= {"torch.compile": _compiled(plain(sdpa)), f"{OURS} (compiled)": _compiled(ours)}
+    return found
+
+
+def _compiled(builder: Builder) -> Builder:
+    """torch.compile's, of one shape."""
+
+    def build(shape: Any) -> Forward:
+        torch.compiler.reset()  # past its recompilation limit, dynamo would run the uncompiled function without an error
+        return torch.compile(builder(shape), dynamic=False, fullgraph=True)
+
+    return build
 
 
 def plain_layer(

@@ -190,7 +190,7 @@ def checked_forward(
 ) -> tuple[Forward, bool]:  # fmt: skip
     """An implementation that was held against the reference on these very tensors, and whether it has a backward.
 
-    Raises ArithmeticError where it computes something else: of ours whatever is beyond the error budget. references: the naive results
+    Raises ArithmeticError where it computes something else: of ours whatever is outside the error budget. references: the naive results
     and the float64 ones, where they are there already.
     """
     naive, ref64 = references or tuple(suite.reference(shape, inputs, upstream, dtype) for dtype in (inputs[0].dtype, torch.float64))
@@ -198,7 +198,7 @@ def checked_forward(
     results = run_once(_stand_in(suite, name, shape) or forward, inputs, upstream)
     if name == OURS:
         if failed := [n for n, c in compare(results, naive, ref64).items() if not c.passed]:
-            raise ArithmeticError(f"beyond the error budget: {', '.join(failed)}")
+            raise ArithmeticError(f"outside the error budget: {', '.join(failed)}")
         return forward, True
     return forward, _check_peer(results, list(ref64.values()))
 

@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ import torch
 from fastattn.ops import tuned
 
 from . import report, suite
+from .command import regex
 from .provenance import provenance
 from .timing import Clock, Work, describe_error
 
@@ -254,16 +254,13 @@ def _with_tile(row: Row, tile: Any, work: Work) -> Work:
 def cases_of(found: suite.Suite, shape: Any, dtype: torch.dtype, device: torch.device, modes: Sequence[str]) -> list[Case]:
     """The modes of one shape, as the benchmark runs and checks them."""
     inputs, upstream = found.draw(shape, dtype, device)
-    forward = found.peers(device)[0][suite.OURS](shape)
-    checked = (found.checked[suite.OURS](shape) if suite.OURS in found.checked else None) or forward
-    naive, ref64 = (found.reference(shape, inputs, upstream, wanted) for wanted in (dtype, torch.float64))
+    builder = found.peers(device)[0][suite.OURS]
+    references = tuple(found.reference(shape, inputs, upstream, wanted) for wanted in (dtype, torch.float64))
 
     def verify() -> None:
-        checks = suite.compare(suite.run_once(checked, inputs, upstream), naive, ref64)
-        if wrong := [name for name, check in checks.items() if not check.passed]:
-            raise ArithmeticError(f"outside the error budget: {', '.join(wrong)}")
+        suite.checked_forward(found, shape, suite.OURS, builder, inputs, upstream, references)
 
-    works = suite.works(forward, inputs, upstream)
+    works = suite.works(builder(shape), inputs, upstream)
     name = shape.id(next(name for name, known in suite.DTYPES.items() if known == dtype))
     return [Case(f"{name} {which}", works[which], verify) for which in modes if which != "fwd+bwd"]
 
@@ -361,8 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastattn tune", description="Measure an op's tiles around the table's on this GPU.")
     parser.add_argument("op", choices=suite.OPS)
     parser.add_argument("--suite", choices=("tiny", "quick", "full"), default="quick", help="the benchmark's (default: quick)")
-    parser.add_argument("--shape", type=_regex, default="", metavar="REGEX", help="shapes, by their benchmark's names")
-    parser.add_argument("--rows", type=_regex, default="", metavar="REGEX", help="rows, e.g. 'attention_fwd .* 128'")
+    parser.add_argument("--shape", type=regex, default="", metavar="REGEX", help="shapes, by their benchmark's names")
+    parser.add_argument("--rows", type=regex, default="", metavar="REGEX", help="rows, e.g. 'attention_fwd .* 128'")
     parser.add_argument("--mode", choices=("fwd", "bwd"), nargs="+", default=["fwd", "bwd"])
     parser.add_argument("--dtype", choices=suite.DTYPES, default="bf16")
     parser.add_argument("--reach", type=int, choices=(1, 2, 3), default=2, help="how many fields may differ at once (default: 2)")
@@ -378,13 +375,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.write:
         Path(folder).mkdir(parents=True, exist_ok=True)
     return _run(options, torch.device("cuda", torch.cuda.current_device()), Path(folder) if options.write else None)
-
-
-def _regex(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
 
 
 def _run(options: argparse.Namespace, device: torch.device, folder: Path | None) -> int:
