@@ -342,6 +342,7 @@ def test_cuda_functions_never_sync(monkeypatch):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **meta: launched.append(kernel.__name__))
     for module in (ops, paged_ops, torch_sdpa):
         monkeypatch.setattr(module, "runs_kernels", lambda tensor: True)
+    for module in (ops, paged_ops):
         monkeypatch.setattr(module, "checks_values", lambda tensor: False)
     q, k, v = (t.detach().bfloat16() for t in qkv(kv_heads=2))
     (pq, pk, pv), lengths = packed(dtype=torch.bfloat16)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import checks
-from fastattn.ops.attention import attend, attend_backward, check_attention, draw_seed
+from fastattn.ops.attention import attend, attend_backward, check_attention, check_saved, draw_seed, rng_state
 from fastattn.ops.paged_attention import as_cache, attend_paged, check_paged
 
 from . import (
@@ -187,7 +187,7 @@ def _forward(op, q, k, v, dropout_p, causal, window, scores, lengths, return_sof
     if return_softmax and dropout_p:
         options = dict(dropout_p=dropout_p, causal=causal, window=window, **scores, **lengths)
         probabilities = signed_probabilities(q, k, options, seed)
-    return out, lse, probabilities, _rng_state(q, seed)
+    return out, lse, probabilities, rng_state(q, seed)
 
 
 @torch.no_grad()
@@ -200,7 +200,6 @@ def _forward_over_cache(
     checks.check_tensor(op, "q", q)
     checks.check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q)
     if block_table is None:
-        check_attention(op, k, k, v, cu_seqlens_q=cu_seqlens_k, cu_seqlens_k=cu_seqlens_k)
         k, v, block_table = as_cache(op, k, v, cu_seqlens_k, max_seqlen_k, seqused_k)
     cache = k, v, block_table, cu_seqlens_k.diff() if seqused_k is None else seqused_k
     queries = dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q)
@@ -208,28 +207,17 @@ def _forward_over_cache(
     if leftpad_k is not None:
         checks.check_int32(op, "leftpad_k", leftpad_k, (block_table.shape[0],), f"(B,) = ({block_table.shape[0]},)", q)
     out, lse = attend_paged(q, *cache, leftpad=leftpad_k, window_left=left, window_right=right, **queries, **scores)
-    return out, lse, q.new_empty(0), _rng_state(q)
-
-
-def _rng_state(q: Tensor, seed: Tensor | None = None) -> Tensor:
-    state = torch.zeros(2, dtype=torch.int64, device=q.device)
-    if seed is not None:
-        state[:1] = seed
-    return state
+    return out, lse, q.new_empty(0), rng_state(q)
 
 
 @torch.no_grad()
-def _backward(op, tensors, grads, dropout_p, causal, window, scores, lengths, rng_state) -> Tensor:
+def _backward(op, tensors, grads, dropout_p, causal, window, scores, lengths, state) -> Tensor:
     dout, q, k, v, out, lse = tensors
     options = _checked(op, q, k, v, dropout_p, causal, window, scores, lengths)
-    lse_shape = (q.shape[1], q.shape[0]) if lengths else (q.shape[0], q.shape[2], q.shape[1])
-    shapes = {"dout": (*q.shape[:-1], v.shape[-1]), "out": (*q.shape[:-1], v.shape[-1]), "softmax_lse": lse_shape}
-    for (arg, expected), t in zip(shapes.items(), (dout, out, lse)):
-        if tuple(t.shape) != tuple(expected):
-            checks.reject(op, arg, f"have shape {tuple(expected)}", checks.shape(t))
-    if dropout_p and rng_state is None:
+    check_saved(op, q, v, dout=dout, out=out, softmax_lse=lse)
+    if dropout_p and state is None:
         checks.reject(op, "rng_state", "be the forward's with dropout", "None")
-    seed = rng_state[:1] if dropout_p else None
+    seed = state[:1] if dropout_p else None
     for buffer, grad in zip(grads, attend_backward(*tensors, dropout_seed=seed, block=True, **options)):
         if buffer is not None:
             buffer.copy_(grad)

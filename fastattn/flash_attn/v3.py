@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import checks
-from fastattn.ops.attention import attention, check_attention
+from fastattn.ops.attention import attention
 from fastattn.ops.merge_attention import merge_attention
 from fastattn.ops.paged_attention import as_cache, paged_attention
 
@@ -161,7 +161,6 @@ def varlen(
             checks.reject(op, "seqused_k", "be given with page_table", "None")
         seqused_k = cu_seqlens_k.diff()
     if page_table is None:
-        check_attention(op, k, k, v, cu_seqlens_q=cu_seqlens_k, cu_seqlens_k=cu_seqlens_k)
         k, v, page_table = as_cache(op, k, v, cu_seqlens_k, max_seqlen_k, seqused_k)
     queries = {} if cu_seqlens_q is None else dict(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q)
     return paged_attention(q, k, v, page_table, seqused_k, num_splits=num_splits, **queries, **scores)

@@ -30,7 +30,7 @@ from torch.library import Library
 from torch.nn.attention import register_flash_attention_impl
 
 from fastattn.ops import checks
-from fastattn.ops.attention import attend, attend_backward, check_attention, draw_seed
+from fastattn.ops.attention import attend, attend_backward, check_attention, check_saved, draw_seed, rng_state
 from fastattn.ops.dispatch import runs_kernels
 from fastattn.ops.operator import wants_gradient
 from fastattn.ops.paged_attention import as_cache, paged_attention
@@ -96,14 +96,11 @@ def _forward(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> 
 
 
 def _backward(
-    operator: str, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng_state: Tensor | None, **options: Any
+    operator: str, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of (B, S, H, D) or packed tensors. block: torch's context parallelism has the operators work on blocks of the keys."""
-    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    for arg, t, shape in (("grad_out", grad_out, q.shape), ("out", out, q.shape), ("logsumexp", lse, lse_shape)):
-        if tuple(t.shape) != tuple(shape):
-            checks.reject(operator, arg, f"have shape {tuple(shape)}", checks.shape(t))
-    seed = rng_state.view(torch.int64)[:1] if options["dropout_p"] > 0.0 else None
+    check_saved(operator, q, q, grad_out=grad_out, out=out, logsumexp=lse)
+    seed = state.view(torch.int64)[:1] if options["dropout_p"] > 0.0 else None
     return attend_backward(grad_out, q, k, v, out, lse, dropout_seed=seed, **options)
 
 
@@ -114,10 +111,7 @@ def _check_head_dim(operator: str, query: Tensor, value: Tensor) -> None:
 
 def _beside(query: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """rng_state, (2,) uint64, which carries our int64 seed to the backward; an offset that we need not; and no debug mask."""
-    state = torch.zeros(2, dtype=torch.int64, device=query.device)
-    if seed is not None:
-        state[:1] = seed
-    return state.view(torch.uint64), torch.zeros((), dtype=torch.uint64, device=query.device), query.new_empty(0)
+    return rng_state(query, seed).view(torch.uint64), torch.zeros((), dtype=torch.uint64, device=query.device), query.new_empty(0)
 
 
 def _laid_out(result: Tensor, like: Tensor) -> Tensor:
@@ -250,7 +244,6 @@ def _in_pages(operator: str, query, key, value, cum_seq_k, max_k, seqused_k, blo
         if seqused_k is None and lengths is None:
             checks.reject(operator, "seqused_k or cum_seq_k", "be given with block_table", "neither")
         return key, value, block_table, lengths if seqused_k is None else seqused_k
-    check_attention(operator, key, key, value, cu_seqlens_q=cum_seq_k, cu_seqlens_k=cum_seq_k)
     return *as_cache(operator, key, value, cum_seq_k, max_k, seqused_k), seqused_k
 
 

@@ -230,6 +230,14 @@ def draw_seed_for(t: Tensor) -> Tensor:
     return seed_of[type(t)](t) if type(t) in seed_of else draw_seed(t.device)
 
 
+def rng_state(q: Tensor, seed: Tensor | None = None) -> Tensor:
+    """(2,) int64 that begins with the seed, 0 without: how faces hand it to a backward that they are given back by their callers."""
+    state = torch.zeros(2, dtype=torch.int64, device=q.device)
+    if seed is not None:
+        state[:1] = seed
+    return state
+
+
 def dropout_keep(
     seed: Tensor, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float
 ) -> Tensor:
@@ -282,6 +290,15 @@ def attend(
     keep_weights = wants_gradient(*tensors) and _keeps_weights(tensors, options)
     out, lse, _ = apply("attention", _Attention, *tensors, options, lse_used, keep_weights)
     return out, lse
+
+
+def check_saved(op: str, q: Tensor, v: Tensor, **saved: Tensor) -> None:
+    """Reject other shapes than the forward's. saved: by the face's names the upstream gradient, the output, and the log-sum-exp."""
+    out = (*q.shape[:-1], v.shape[-1])
+    lse = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    for (arg, t), shape in zip(saved.items(), (out, out, lse), strict=True):
+        if tuple(t.shape) != shape:
+            checks.reject(op, arg, f"have shape {shape}", checks.shape(t))
 
 
 def attend_backward(

@@ -14,7 +14,7 @@ from fastattn.cpu import paged_attention as cpu
 from fastattn.cuda import paged_attention as cuda
 
 from . import checks
-from .attention import visible_pairs, with_contiguous_cols
+from .attention import check_attention, visible_pairs, with_contiguous_cols
 from .dispatch import checks_values, chooses_cuda, describe, log, runs_kernels
 from .merge_attention import merge_attention
 from .operator import apply, define, differentiable, operators
@@ -237,8 +237,9 @@ def as_cache(
     Dense (B, S_k, H_kv, D): a row of the batch is a page. Packed (T_k, H_kv, D) with cu_seqlens_k: a token is, and B·max_seqlen_k int32
     say which (B·T_k where it is None). seqused_k: how many of its keys each sequence uses.
 
-    Raises: ValueError for more than there are, where values are looked at.
+    Raises: as `check_attention`; ValueError for more than there are, where values are looked at.
     """
+    check_attention(op, k, k, v, cu_seqlens_q=cu_seqlens_k, cu_seqlens_k=cu_seqlens_k)
     if seqused_k is not None and cu_seqlens_k is not None and checks_values(k):
         lengths = cu_seqlens_k.diff()
         if seqused_k.shape == lengths.shape and bool((seqused_k > lengths).any()):
