@@ -10,34 +10,12 @@ from typing import Any
 
 import torch
 
+from fastattn.command_line import INTERRUPTED, device, regex
+
 from . import compare, page, report, results
 from .provenance import checkout, device_state, provenance
 from .suite import DTYPES, MODES, OPS, OURS, SUITES, Builder, Shape, Suite, run_shape, suite_of
 from .timing import Clock, host_microseconds, measure_ceilings
-
-INTERRUPTED = 130  # the exit status of what Ctrl-C ended, by the shell's convention
-
-
-def device(text: str) -> torch.device:
-    """A device that is here, as an argument's type."""
-    try:
-        found = torch.device(text)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    count = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"must be a device that is here, got {text!r}: torch sees {count} CUDA devices")
-    return found
-
-
-def regex(text: str) -> re.Pattern[str]:
-    """A regular expression, as an argument's type."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
 
 
 def _base(text: str) -> dict[str, Any]:

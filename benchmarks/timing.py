@@ -25,6 +25,9 @@ class Work:
     prepare: Callable[[], Any] = lambda: None
     capture: Callable[[Any], Any] | None = None
 
+    def once(self) -> Any:
+        return self.run(self.prepare())
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -81,7 +84,7 @@ class Clock:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            work.run(work.prepare())  # what the first call on a stream sets up cannot be recorded
+            work.once()  # what the first call on a stream sets up cannot be recorded
             argument = work.prepare()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):

@@ -20,15 +20,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastattn.command_line import regex
 from fastattn.ops import tuned
 
 from . import report, suite
-from .command import regex
 from .provenance import provenance
 from .timing import Clock, Work, describe_error
 
@@ -133,7 +134,7 @@ def job_of(row: Row, part: str):
 
     for family in families().values():
         for job in family.jobs():
-            if job.part == part and row in asked_by(lambda: family.tiles(job)):  # noqa: B023
+            if job.part == part and row in asked_by(partial(family.tiles, job)):
                 return job
     return None
 
@@ -341,7 +342,7 @@ def tune(
     users: dict[Row, dict[Any, set[str]]] = {}  # row → shape → cases
     for shape in shapes:
         for case in cases_of(found, shape, dtype, device, modes):
-            for row in filter(wanted, asked_by(lambda: case.work.run(case.work.prepare()))):  # noqa: B023
+            for row in filter(wanted, asked_by(case.work.once)):
                 users.setdefault(row, {}).setdefault(shape, set()).add(case.name)
     tables = tuned.tables()
     for row, used in users.items():

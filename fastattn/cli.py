@@ -7,7 +7,6 @@ import functools
 import importlib
 import importlib.util
 import itertools
-import os
 import platform
 import sys
 import time
@@ -15,6 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
+
+from .command_line import INTERRUPTED, device, regex, silence_stdout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        return 130  # by the shell's convention
-    except BrokenPipeError:  # who read has gone, and the interpreter is not to complain of it as it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    except BrokenPipeError:
+        silence_stdout()
         return 1
     except OSError as error:  # a path or a disk
         print(f"fastattn {arguments[0]}: {error}", file=sys.stderr)
@@ -70,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     add("info", _info, "versions, devices, and which code runs on them")
     verify = add("verify", _verify, "check each op's outputs and gradients against its float64 reference")
     verify.add_argument("ops", nargs="*", metavar="OP", help=f"all, or some of {', '.join(suite.OPS)} (default: all)")
-    device, regex = command.device, command.regex
     verify.add_argument("--device", type=device, default=None, help="cuda where there is one, else cpu; or name it")
     dtypes = suite.DTYPES
     verify.add_argument("--dtype", choices=dtypes, nargs="+", default=None, help="default: all on cuda, fp32 on cpu")

@@ -27,10 +27,11 @@ ALLOWED = {
     "fastattn.nn": {"torch", "fastattn.ops", "fastattn.reference", "fastattn.kv_cache"},
     "fastattn.page_pool": {"fastattn._page_pool"},
     "fastattn.kv_cache": {"torch", "fastattn.ops", "fastattn.page_pool"},
+    "fastattn.command_line": {"torch"},
     "fastattn.scheduler": {"torch", "fastattn.kv_cache", "fastattn.page_pool"},
     "fastattn.models": {
         "torch", "safetensors", "tokenizers", "gguf", "matplotlib", "fastattn.ops", "fastattn.nn", "fastattn.kv_cache", "fastattn.page_pool",
-        "fastattn.scheduler",
+        "fastattn.scheduler", "fastattn.command_line",
     },
     "fastattn.integrations": {
         "torch", "transformers", "fastattn.ops", "fastattn.flash_attn", "fastattn.nn", "fastattn.kv_cache", "fastattn.scheduler",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +11,16 @@ from typing import Any
 
 import torch
 
+from fastattn.command_line import INTERRUPTED, device, silence_stdout
 from fastattn.page_pool import OutOfPages
 
 from . import checkpoints
-from .arguments import device
 from .generation import Event, Options, Statistics, stream
 from .logits import NoDistribution
 from .tokenizers import Tokenizer
 from .transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INTERRUPTED = 130  # the status of what Ctrl-C ended: 128 + SIGINT
 _FAILURES = (ValueError, ImportError, OSError, OutOfPages, NoDistribution)
 
 
@@ -104,8 +102,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(flush=True)
         status = INTERRUPTED
-    except BrokenPipeError:  # who read has gone, and the interpreter is not to complain of it as it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        silence_stdout()
         status = 1
     finally:
         generation.close()

@@ -97,9 +97,7 @@ def attention_weights(
 
     x: (B, S, H). Other arguments are the module's; packed sequences, a cache and a context are not looked into.
     """
-    q = module.q_proj(x).unflatten(-1, (module.num_heads, module.head_dim))
-    q = q if module.q_norm is None else module.q_norm(q)
-    k, v = module.project_context(x)
+    q, (k, v) = module.project_queries(x), module.project_context(x)
     if cos is not None:
         q, k = apply_rotary(q, k, cos, sin)
     scale = 1 / math.sqrt(module.head_dim) if module.softmax_scale is None else module.softmax_scale

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastattn.command_line import INTERRUPTED, device, silence_stdout
+
 from . import checkpoints, tokenizers
-from .arguments import device
 from .config import PRESETS, Config
 from .data import Corpus, DataError, MaskedText, PackedPairs, PackedText, generator, read_pairs, read_text, text_files
 from .encoder import Encoder, EncoderDecoder
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         with ranks(options.device) as those:
             _train(options, those)
     except Interrupted as error:
-        return _fail(f"{error}: go on with --resume", 130)
+        return _fail(f"{error}: go on with --resume", INTERRUPTED)
     except KeyboardInterrupt:  # before the first step, or a second one
         return _fail("interrupted; whatever was saved before is whole", 130)
     except (DataError, CheckpointError, TrainingError, ValueError, TypeError, ImportError, OSError) as error:
@@ -100,7 +100,7 @@ def _say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()
 
 
 def _fail(error: object, status: int) -> int:

@@ -118,9 +118,7 @@ class Attention(torch.nn.Module):
         rank = 2 if cu_seqlens is not None else 3
         if x.dim() != rank and not (cache is not None and x.dim() == 2):
             checks.reject(_OP, "x", "have shape (T, E) with cu_seqlens, (B, S, E) without", tuple(x.shape))
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        if self.q_norm is not None:
-            q = self.q_norm(q)
+        q = self.project_queries(x)
         k, v = context if isinstance(context, tuple) else self.project_context(x if context is None else context)
         if cache is not None:
             return self.o_proj(self._attend_cached(q, k, v, cos, sin, alibi_slopes, cache, layer_idx).flatten(-2))
@@ -135,6 +133,11 @@ class Attention(torch.nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, **over_keys,
         )  # fmt: skip
         return self.o_proj(out.flatten(-2))
+
+    def project_queries(self, x: Tensor) -> Tensor:
+        """The queries of x (…, E), (…, H, D), before they are rotated."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        return q if self.q_norm is None else self.q_norm(q)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a context (…, E), each (…, H_kv, D), which `forward` takes in its place."""
